@@ -1,0 +1,34 @@
+# Everything runs from a bare clone with only python3 (3.11 or newer): each target first makes .venv.
+BIN := .venv/bin
+
+.PHONY: help venv demo test lint bench clean
+
+help:
+	@echo "make demo    real weights learn from real conversations on a CPU, in minutes"
+	@echo "make test    lint, types and the CPU tests"
+	@echo "make lint    ruff and mypy only"
+	@echo "make bench   time a training step beside plain Transformers (without a GPU: a tiny one)"
+	@echo "make clean   remove build and tool caches (.venv and runs stay)"
+
+venv:
+	@scripts/bootstrap.sh
+
+demo: venv
+	@scripts/demo.sh
+
+# One torch thread a worker: small models gain nothing from more, and two workers then share two cores.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# At full size it takes more memory than a machine without a GPU has.
+bench: venv
+	$(BIN)/python benchmarks/step.py $(if $(shell nvidia-smi -L 2>/dev/null),,--tiny --device cpu)
+
+clean:
+	rm -rf dist build .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
