@@ -1,0 +1,183 @@
+"""The experts' MLP against the loop over experts: forward and every gradient, in fp64 for the oracle."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from slipstream.moe.grouped_mlp import grouped_mlp, grouped_mlp_autograd, grouped_mm
+from slipstream.moe.reference import experts_reference
+from slipstream.moe.routing import balanced_index, sort_by_expert
+
+
+def swiglu(hidden: torch.Tensor) -> torch.Tensor:
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def interleaved_clamped(hidden: torch.Tensor) -> torch.Tensor:
+    gate, up = hidden[..., ::2].clamp(max=1.0), hidden[..., 1::2].clamp(-1.0, 1.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def relu2(hidden: torch.Tensor) -> torch.Tensor:
+    return F.relu(hidden).square()
+
+
+ACTIVATIONS = {"swiglu": (swiglu, 2), "interleaved": (interleaved_clamped, 2), "relu2": (relu2, 1)}
+
+# name: tokens, hidden, intermediate, experts, top_k
+SHAPES = {
+    "plain": (37, 32, 16, 8, 2),
+    "one token": (1, 32, 16, 8, 2),
+    "no token": (0, 32, 16, 8, 2),
+    "one expert": (9, 32, 16, 1, 1),
+    "odd widths": (11, 34, 18, 4, 3),
+    "more experts than rows": (3, 32, 16, 16, 1),
+}
+
+
+def problem(shape: str, activation: str, biased: bool, transposed: bool, dtype: torch.dtype):
+    tokens, hidden, intermediate, experts, top_k = SHAPES[shape]
+    function, width = ACTIVATIONS[activation]
+
+    def draw(*size: int) -> torch.Tensor:
+        return (torch.randn(*size, dtype=torch.float64) * 0.5).to(dtype)
+
+    def weight(inputs: int, outputs: int) -> torch.Tensor:
+        stored = draw(experts, inputs, outputs) if transposed else draw(experts, outputs, inputs).transpose(1, 2)
+        return stored
+
+    idx = torch.rand(tokens, experts).topk(top_k, dim=1).indices
+    inputs = {
+        "x_TH": draw(tokens, hidden),
+        "weights_TK": torch.rand(tokens, top_k, dtype=torch.float64).to(dtype),
+        "up_EHN": weight(hidden, width * intermediate),
+        "down_EIH": weight(intermediate, hidden),
+    }
+    if biased:
+        inputs |= {"up_bias_EN": draw(experts, width * intermediate), "down_bias_EH": draw(experts, hidden)}
+    return idx, inputs, function
+
+
+def run(function, idx, inputs, grad, **options):
+    inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    out = function(idx=idx, inputs=inputs, **options)
+    out.backward(grad.to(out.dtype))
+    return out.detach(), {name: tensor.grad for name, tensor in inputs.items()}
+
+
+def oracle(idx, inputs, activation):
+    return experts_reference(idx_TK=idx, activation=activation, **inputs)
+
+
+def ours(idx, inputs, activation, mlp=grouped_mlp, unowned_rows=False):
+    routing = sort_by_expert(idx, inputs["up_EHN"].shape[0])
+    return mlp(routing=routing, activation=activation, unowned_rows=unowned_rows, **inputs)
+
+
+def assert_matches(got, expected, tolerance: float) -> None:
+    (out, grads), (expected_out, expected_grads) = got, expected
+    for name, actual, reference in [("out", out, expected_out), *((n, grads[n], g) for n, g in expected_grads.items())]:
+        scale = reference.abs().max() if reference.numel() else torch.tensor(1.0)
+        error = (actual.double() - reference).abs().max() if reference.numel() else torch.tensor(0.0)
+        assert actual.shape == reference.shape
+        assert error <= tolerance * max(scale.item(), 1e-6), (name, error.item(), scale.item())
+
+
+@pytest.mark.parametrize("mlp", [grouped_mlp, grouped_mlp_autograd])
+@pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_gradients(shape, activation, biased, transposed, mlp) -> None:
+    idx, inputs, function = problem(shape, activation, biased, transposed, torch.float32)
+    grad = torch.randn(inputs["x_TH"].shape)
+    expected = run(oracle, idx, {n: t.double() for n, t in inputs.items()}, grad, activation=function)
+    assert_matches(run(ours, idx, inputs, grad, activation=function, mlp=mlp), expected, 2e-6)
+
+
+@pytest.mark.parametrize("mlp", [grouped_mlp, grouped_mlp_autograd])
+def test_all_tokens_to_one_expert(mlp) -> None:
+    idx, inputs, function = problem("plain", "swiglu", True, False, torch.float32)
+    idx = torch.full_like(idx, 5)
+    idx[:, 1] = 2
+    grad = torch.randn(inputs["x_TH"].shape)
+    expected = run(oracle, idx, {n: t.double() for n, t in inputs.items()}, grad, activation=function)
+    got = run(ours, idx, inputs, grad, activation=function, mlp=mlp)
+    assert_matches(got, expected, 2e-6)
+    assert got[1]["up_EHN"][[0, 1, 3, 4, 6, 7]].abs().max() == 0
+
+
+@pytest.mark.parametrize("mlp", [grouped_mlp, grouped_mlp_autograd])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+def test_rows_of_other_ranks_contribute_nothing(biased, mlp) -> None:
+    """Transformers' expert parallelism marks an expert of another rank with the id `num_experts` and weight 0."""
+    idx, inputs, function = problem("plain", "swiglu", biased, False, torch.float32)
+    absent = torch.rand(idx.shape) < 0.5
+    absent[0] = True
+    idx = idx.masked_fill(absent, 8)
+    inputs["weights_TK"] = inputs["weights_TK"].masked_fill(absent, 0.0)
+    grad = torch.randn(inputs["x_TH"].shape)
+    out, expected = run(oracle, idx, {n: t.double() for n, t in inputs.items()}, grad, activation=function)
+    got = run(ours, idx, inputs, grad, activation=function, mlp=mlp, unowned_rows=True)
+    assert_matches(got, (out, expected), 2e-6)
+
+
+def test_bf16_is_no_further_from_the_truth_than_the_loop() -> None:
+    errors = {}
+    idx, exact, function = problem("plain", "swiglu", False, False, torch.float64)
+    inputs = {name: tensor.bfloat16() for name, tensor in exact.items()}
+    exact = {name: tensor.double() for name, tensor in inputs.items()}
+    grad = torch.randn(exact["x_TH"].shape).bfloat16()
+    truth = run(oracle, idx, exact, grad, activation=function)
+    for name, path in (("loop", oracle), ("ours", ours)):
+        out, grads = run(path, idx, inputs, grad, activation=function)
+        errors[name] = {
+            "out": (out.double() - truth[0]).norm(),
+            **{key: (value.double() - truth[1][key]).norm() for key, value in grads.items()},
+        }
+    for key, error in errors["ours"].items():
+        assert error <= 1.2 * errors["loop"][key], key
+
+
+def test_frozen_experts_get_no_gradient_but_pass_it_on() -> None:
+    idx, inputs, function = problem("plain", "swiglu", False, False, torch.float32)
+    x, weights = inputs["x_TH"].requires_grad_(), inputs["weights_TK"].requires_grad_()
+    ours(idx, inputs, function).sum().backward()
+    assert inputs["up_EHN"].grad is None
+    assert x.grad is not None
+    assert weights.grad is not None
+
+
+def test_saves_only_input_and_pre_activation() -> None:
+    """Per token: x, the routing weights, the pre-activation, and int64 routing metadata of 4 words a row."""
+    idx, inputs, function = problem("plain", "swiglu", False, False, torch.float32)
+    tensors = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ours(idx, tensors, function)
+    floats = [t for t in saved if t.is_floating_point() and not t.requires_grad]
+    assert [tuple(t.shape) for t in floats] == [(37 * 2, 32)]
+
+
+def test_sort_by_expert_example() -> None:
+    routing = sort_by_expert(torch.tensor([[1, 0], [1, 2]]), 3)
+    assert routing.slot_R.tolist() == [1, 0, 2, 3]
+    assert routing.token_R.tolist() == [0, 0, 1, 1]
+    assert routing.row_TK.tolist() == [[1, 0], [2, 3]]
+    assert routing.ends_E.tolist() == [1, 3, 4]
+    assert routing.expert_R.tolist() == [0, 1, 1, 2]
+
+
+def test_balanced_index_loads_all_experts_equally() -> None:
+    counts = torch.bincount(balanced_index(torch.zeros(32, 4, dtype=torch.long), 8).flatten())
+    assert counts.tolist() == [16] * 8
+
+
+def test_grouped_mm_takes_widths_torch_refuses() -> None:
+    a, b = torch.randn(6, 5), torch.randn(3, 5, 7)
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    expected = torch.cat([a[:2] @ b[0], a[2:] @ b[2]])
+    torch.testing.assert_close(grouped_mm(a, b, ends), expected)
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        F.grouped_mm(a, b, offs=ends)
