@@ -1,0 +1,133 @@
+"""The passes over a loaded model, in order: experts, attention, dense layers, loss."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from slipstream import hf
+from slipstream.backend import BackendConfig
+from slipstream.description import MARK, Acceleration, Choice, acceleration_of, unwrap
+from slipstream.loss import defer_logits, why_not_deferred
+from slipstream.moe import experts
+from slipstream.parallel.setup import DistributedSetup
+
+
+def accelerate(
+    model: Any,
+    *,
+    backend: BackendConfig | Mapping[str, Any] | None = None,
+    distributed_setup: DistributedSetup | Mapping[str, Any] | None = None,
+) -> Any:
+    """Put a loaded Transformers model on the fast path, in place, and return it.
+
+    The model stays what it was: same class, parameters, names, config and outputs. Calling this again changes
+    nothing. `slipstream.describe(model)` says what was done.
+
+    Args:
+        model: a `PreTrainedModel` for causal language modelling, or a PEFT model around one.
+        backend: a `BackendConfig` or its fields as a dict.
+        distributed_setup: how the model was distributed when it was loaded. A model that lies whole on one rank
+            can't be distributed here: give `distributed_setup` to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        TypeError: `model` is not a Transformers model.
+        ValueError: a setting that does not exist or does not fit the model, or another `backend` than it has.
+    """
+    backend = BackendConfig.of(backend)
+    core = unwrap(model)
+    if not isinstance(core, PreTrainedModel):
+        raise TypeError(
+            f"accelerate takes a Transformers model (or a PEFT model around one), not {type(model).__name__}"
+        )
+    applied = acceleration_of(core)
+    if applied is not None:
+        if backend not in (applied.backend, BackendConfig()):
+            raise ValueError(
+                f"this {type(core).__name__} is accelerated already, with {applied.backend}: load it anew for another"
+            )
+        return model
+    setup = DistributedSetup.of(distributed_setup)
+    setup.check(hf.num_routed_experts(core.config))
+    if setup.ranks > 1 and not hf.is_distributed(core):
+        raise ValueError(
+            f"distributed_setup needs {setup.ranks} ranks, but the model lies whole on this one: "
+            "give distributed_setup to slipstream.AutoModelForCausalLM.from_pretrained, which loads it shard by shard"
+        )
+    choices = (
+        _experts(core, backend),
+        _dispatcher(backend, setup),
+        _attention(core, backend),
+        *_dense_layers(backend),
+        _loss(core, backend),
+    )
+    setattr(core, MARK, Acceleration(backend, setup, choices))
+    return model
+
+
+def _experts(model: PreTrainedModel, backend: BackendConfig) -> Choice:
+    modules = [module for _, module in hf.experts_modules(model)]
+    if not modules:
+        dense = hf.num_routed_experts(model.config) is None
+        why = "a dense model" if dense else f"{type(model).__name__} does not call its experts through the interface"
+        if backend.experts == "slipstream" or (backend.gate == "balanced" and not dense):
+            raise ValueError(f"BackendConfig(experts='slipstream', gate={backend.gate!r}): {why}; use experts='auto'")
+        return Choice("experts", "transformers", why)
+    if backend.experts == "transformers":
+        return Choice("experts", hf.experts_implementation(model), "asked for")
+    if not all(parameter.dtype.is_floating_point and parameter.element_size() > 1 for parameter in _weights(modules)):
+        return Choice("experts", hf.experts_implementation(model), "the experts' weights are quantised")
+    name = "slipstream"
+    if backend.gate == "balanced":
+        name = "slipstream_balanced"
+        warnings.warn(
+            "gate='balanced': every expert gets the same number of tokens, whatever the router says. "
+            "The model's output is meaningless; use this to measure speed only.",
+            stacklevel=4,
+        )
+    model.set_experts_implementation(name)
+    flavours = sorted({str(experts.Flavour.of(module)) for module in modules})
+    return Choice("experts", name, f"{len(modules)} layers; {' and '.join(flavours)}")
+
+
+def _weights(modules: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def _dispatcher(backend: BackendConfig, setup: DistributedSetup) -> Choice:
+    if setup.ep_size == 1:
+        return Choice("dispatcher", "local", "every rank holds all experts")
+    return Choice("dispatcher", "all_to_all", f"ep_size={setup.ep_size}; Transformers' own exchange")
+
+
+def _attention(model: PreTrainedModel, backend: BackendConfig) -> Choice:
+    if backend.attn != "auto":
+        model.set_attn_implementation(backend.attn)
+        return Choice("attn", backend.attn, "asked for")
+    chosen = hf.attention_implementation(model)
+    if chosen == "sdpa":
+        return Choice("attn", chosen, "PyTorch picks the kernel: cuDNN first on Hopper, FlashAttention-2 elsewhere")
+    return Choice("attn", chosen, "what the model was loaded with")
+
+
+def _dense_layers(backend: BackendConfig) -> tuple[Choice, ...]:
+    why = "no fused version yet"
+    return (
+        Choice("linear", "torch", why),
+        Choice("rms_norm", "transformers", why),
+        Choice("rope", "transformers", why),
+        Choice("compile", "none", "nothing is compiled yet"),
+    )
+
+
+def _loss(model: PreTrainedModel, backend: BackendConfig) -> Choice:
+    if backend.loss == "transformers":
+        return Choice("loss", "transformers", "asked for")
+    if (obstacle := why_not_deferred(model)) is not None:
+        if backend.loss == "fused":
+            raise ValueError(f"BackendConfig(loss='fused'): {obstacle}; use loss='auto'")
+        return Choice("loss", "transformers", obstacle)
+    defer_logits(model)
+    return Choice("loss", "fused", "linear cross-entropy in chunks; the logits exist only if you touch them")

@@ -1,0 +1,98 @@
+"""The one-import API: resolve and load through Transformers, then accelerate."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+
+from slipstream import hf
+from slipstream.acceleration import accelerate
+from slipstream.backend import BackendConfig
+from slipstream.parallel.setup import DistributedSetup
+
+
+class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
+    """Transformers' class of this name; what it returns trains faster.
+
+    `from_pretrained` and `from_config` take everything that Transformers' do, and two keywords more:
+
+    - `backend`: a `BackendConfig` (or its fields as a dict), which implementation each operation uses.
+    - `distributed_setup`: a `DistributedSetup` (or its fields as a dict), how the model is spread over the ranks.
+
+    The result is the model Transformers would return, of the same class. `slipstream.describe(model)` says what
+    was accelerated.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        backend: BackendConfig | Mapping[str, Any] | None = None,
+        distributed_setup: DistributedSetup | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a model as Transformers does, then `accelerate` it.
+
+        Raises:
+            ValueError: a setting that does not exist or does not fit the model (before anything is loaded).
+            OSError: the checkpoint is missing or damaged.
+        """
+        backend = _backend(backend, kwargs)
+        setup = DistributedSetup.of(distributed_setup)
+        if setup.ep_size > 1 or setup.ranks > 1:
+            config = kwargs.get("config")
+            if config is None:
+                config = transformers.AutoConfig.from_pretrained(
+                    pretrained_model_name_or_path, **{key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
+                )
+            setup.check(hf.num_routed_experts(config))
+            kwargs["distributed_config"] = hf.distributed_config(setup.ranks, setup.ep_size)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"{pretrained_model_name_or_path}: a safetensors file there is damaged or cut short ({error}); "
+                "copy or download the checkpoint again"
+            ) from error
+        # output_loading_info=True returns (model, info).
+        model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        model = accelerate(model, backend=backend, distributed_setup=setup)
+        return (model, *info) if info else model
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        backend: BackendConfig | Mapping[str, Any] | None = None,
+        distributed_setup: DistributedSetup | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Build a model with random weights as Transformers does, then `accelerate` it.
+
+        Raises:
+            ValueError: a setting that does not exist or does not fit the model.
+        """
+        backend = _backend(backend, kwargs)
+        setup = DistributedSetup.of(distributed_setup)
+        setup.check(hf.num_routed_experts(config))
+        # A copy, because the config carries the choice of experts and attention to whatever model shares it.
+        return accelerate(
+            super().from_config(copy.deepcopy(config), **kwargs), backend=backend, distributed_setup=setup
+        )
+
+
+_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+                 "trust_remote_code", "code_revision")  # fmt: skip
+
+
+def _backend(backend: BackendConfig | Mapping[str, Any] | None, kwargs: dict[str, Any]) -> BackendConfig:
+    """`backend`, giving way to an `experts_implementation` that the caller asked Transformers for."""
+    backend = BackendConfig.of(backend)
+    if kwargs.get("experts_implementation") in (None, "slipstream") or backend.experts != "auto":
+        return backend
+    return replace(backend, experts="transformers")
