@@ -1,0 +1,133 @@
+"""`slipstream finetune` on bad input: one clear error, exit code 1, no traceback, nothing written."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from slipstream.cli import main
+from tests.train.tiny_chat import (
+    CONVERSATIONS,
+    MAX_POSITIONS,
+    make_checkpoint,
+    make_tokenizer,
+    write_jsonl,
+    write_recipe,
+)
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", make_tokenizer())
+
+
+@pytest.fixture
+def copy(tmp_path: Path, checkpoint: Path) -> Path:
+    """A copy of the checkpoint that a test may damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "model"))
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """Run `finetune` on a recipe; the error it ends with, after checking that it refused cleanly."""
+
+    def run(recipe: Path, *arguments: str) -> str:
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        with pytest.raises(SystemExit) as caught:
+            main(["finetune", str(recipe), *arguments])
+        assert caught.value.code == 1
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        return errors[0].removeprefix("error: ")
+
+    return run
+
+
+def test_unknown_key(tmp_path: Path, checkpoint: Path, refused: Refusal) -> None:
+    recipe = write_recipe(tmp_path, checkpoint, train={"learning_rte": 1e-5})
+    line = 1 + recipe.read_text().splitlines().index("  learning_rte: 1.0e-05")
+    assert refused(recipe) == f"{recipe}:{line}: train.learning_rte: unknown key; did you mean 'learning_rate'?"
+    assert "no such recipe file" in refused(tmp_path / "none.yaml")
+
+
+def test_malformed_line(tmp_path: Path, checkpoint: Path, refused: Refusal) -> None:
+    recipe = write_recipe(tmp_path, checkpoint)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "fine"}, '{"text": '])
+    assert refused(recipe).startswith(f"{rows}:2: not valid JSON: ")
+
+
+def test_all_labels_masked(tmp_path: Path, checkpoint: Path, refused: Refusal) -> None:
+    recipe = write_recipe(tmp_path, checkpoint)
+    write_jsonl(tmp_path / "rows.jsonl", [{"messages": CONVERSATIONS[0][:2]}])
+    assert "every label is masked" in refused(recipe)
+
+
+def test_longer_than_the_model_allows(tmp_path: Path, checkpoint: Path, refused: Refusal) -> None:
+    error = refused(write_recipe(tmp_path, checkpoint), "data.max_length=1000")
+    assert error.startswith("data.max_length=1000 is longer than the model allows: ")
+    assert f"max_position_embeddings={MAX_POSITIONS}; set data.max_length to {MAX_POSITIONS} or less" in error
+
+
+def test_output_folder_that_holds_a_model(tmp_path: Path, checkpoint: Path, copy: Path, refused: Refusal) -> None:
+    recipe = write_recipe(tmp_path, checkpoint, train={"output_dir": str(copy)})
+    assert "already holds a model; name another folder or pass --overwrite" in refused(recipe)
+    assert "is where the model comes from" in refused(recipe, f"model.name_or_path={copy}", "--overwrite")
+    assert "is a file" in refused(recipe, f"train.output_dir={recipe}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("folder", "no such folder: "),
+        ("config.json", "holds no config.json"),
+        ("model.safetensors", "holds a config.json but no weights"),
+        ("tokenizer.json", "tokenizer"),
+    ],
+)
+def test_missing_checkpoint_file(tmp_path: Path, copy: Path, refused: Refusal, damage: str, message: str) -> None:
+    recipe = write_recipe(tmp_path, copy)
+    if damage == "folder":
+        shutil.rmtree(copy)
+    else:
+        (copy / damage).unlink()
+    assert message in refused(recipe)
+
+
+def test_damaged_checkpoint_file(tmp_path: Path, copy: Path, refused: Refusal) -> None:
+    recipe = write_recipe(tmp_path, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert f"{weights} is damaged" in refused(recipe)
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert "lacks model-00001-of-00002.safetensors" in refused(recipe)
+    (copy / "config.json").write_text("{")
+    assert str(copy) in refused(recipe)
+
+
+def test_settings_that_do_not_fit(tmp_path: Path, checkpoint: Path, refused: Refusal) -> None:
+    recipe = write_recipe(tmp_path, checkpoint)
+    assert "ep_size=3 does not divide 4 experts" in refused(recipe, "distributed.ep_size=3")
+    assert "BackendConfig(experts='magic'): use one of" in refused(recipe, "model.backend.experts=magic")
+    assert "sdg is not a valid OptimizerNames" in refused(recipe, "train.optim=sdg")
+    assert "no such data file" in refused(recipe, "data.train=nowhere.jsonl")
+    assert "NOWHERE" in refused(recipe, "lora.target_modules=[NOWHERE]")
+
+
+def test_dry_run_shows_everything_and_writes_nothing(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, checkpoint)
+    with pytest.raises(SystemExit) as caught:
+        main(["finetune", str(recipe), "lr=1e-3", "train.max_steps=3", "--dry-run"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert "note: command line: lr is read as train.learning_rate" in printed
+    shown = yaml.safe_load(printed[printed.index("model:\n") : printed.index("\nmodel: ")])
+    assert (shown["train"]["learning_rate"], shown["data"]["max_length"]) == (1e-3, MAX_POSITIONS)
+    assert "times.<|im_end|>\n⟧" in printed
+    assert not (tmp_path / "out").exists()
