@@ -40,7 +40,10 @@ command -v "$python" >/dev/null || fail "no $python; install Python 3.11 or newe
 
 if [ ! -x $venv/bin/python ]; then
     options=()
-    if torch_is_supported "$python"; then options=(--system-site-packages); fi
+    # Not when python is itself that of an environment: its packages are not the system's.
+    if torch_is_supported "$python" && "$python" -c 'import sys; sys.exit(sys.prefix != sys.base_prefix)'; then
+        options=(--system-site-packages)
+    fi
     "$python" -m venv ${options[@]+"${options[@]}"} $venv ||
         fail "could not create $venv; on Debian and Ubuntu install python3-venv"
 fi
