@@ -9,9 +9,11 @@ from transformers import PreTrainedModel
 
 from slipstream import hf
 from slipstream.backend import BackendConfig
+from slipstream.checkpoint.export import install_save
 from slipstream.description import MARK, Acceleration, Choice, acceleration_of, unwrap
 from slipstream.loss import defer_logits, why_not_deferred
-from slipstream.moe import experts
+from slipstream.moe import dispatch, experts
+from slipstream.parallel.activations import checkpoint_activations
 from slipstream.parallel.setup import DistributedSetup
 
 
@@ -50,19 +52,23 @@ def accelerate(
             )
         return model
     setup = DistributedSetup.of(distributed_setup)
-    setup.check(hf.num_routed_experts(core.config))
-    if setup.ranks > 1 and not hf.is_distributed(core):
-        raise ValueError(
-            f"distributed_setup needs {setup.ranks} ranks, but the model lies whole on this one: "
-            "give distributed_setup to slipstream.AutoModelForCausalLM.from_pretrained, which loads it shard by shard"
-        )
+    if distributed_setup is not None:
+        setup.check(hf.num_routed_experts(core.config))
+        if setup.ranks > 1 and not hf.is_distributed(core):
+            raise ValueError(
+                f"distributed_setup spreads a model over {setup.ranks} ranks, but this one lies whole on each: give it "
+                "to slipstream.AutoModelForCausalLM.from_pretrained, which loads the model shard by shard"
+            )
     choices = (
         _experts(core, backend),
-        _dispatcher(backend, setup),
+        choose_dispatcher(backend, setup),
         _attention(core, backend),
         *_dense_layers(backend),
         _loss(core, backend),
     )
+    checkpoint_activations(core, setup.activation_checkpointing)
+    if hf.is_distributed(core):
+        install_save(core)
     setattr(core, MARK, Acceleration(backend, setup, choices))
     return model
 
@@ -96,10 +102,17 @@ def _weights(modules: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
     return [parameter for module in modules for parameter in module.parameters()]
 
 
-def _dispatcher(backend: BackendConfig, setup: DistributedSetup) -> Choice:
+def choose_dispatcher(backend: BackendConfig, setup: DistributedSetup) -> Choice:
+    """How tokens reach the experts of other ranks."""
     if setup.ep_size == 1:
+        if backend.dispatcher not in ("auto", "local"):
+            raise ValueError(f"BackendConfig(dispatcher={backend.dispatcher!r}): with ep_size=1 no token travels")
         return Choice("dispatcher", "local", "every rank holds all experts")
-    return Choice("dispatcher", "all_to_all", f"ep_size={setup.ep_size}; Transformers' own exchange")
+    if backend.dispatcher == "local":
+        raise ValueError(f"BackendConfig(dispatcher='local'): with ep_size={setup.ep_size} tokens have to travel")
+    if backend.dispatcher != "auto":
+        return Choice("dispatcher", backend.dispatcher, "asked for")
+    return Choice("dispatcher", dispatch.AUTO, f"ep_size={setup.ep_size}: a token goes once to each rank it needs")
 
 
 def _attention(model: PreTrainedModel, backend: BackendConfig) -> Choice:

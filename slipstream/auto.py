@@ -3,15 +3,18 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import transformers
 from safetensors import SafetensorError
 
 from slipstream import hf
-from slipstream.acceleration import accelerate
+from slipstream.acceleration import accelerate, choose_dispatcher
 from slipstream.backend import BackendConfig
-from slipstream.parallel.setup import DistributedSetup
+from slipstream.parallel.initialize import build_sharded
+from slipstream.parallel.setup import DistributedSetup, join_process_group
+from slipstream.parallel.shard import shard
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
@@ -43,16 +46,18 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         """
         backend = _backend(backend, kwargs)
         setup = DistributedSetup.of(distributed_setup)
-        if setup.ep_size > 1 or setup.ranks > 1:
+        if distributed_setup is not None:
             config = kwargs.get("config")
             if config is None:
                 config = transformers.AutoConfig.from_pretrained(
                     pretrained_model_name_or_path, **{key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
                 )
             setup.check(hf.num_routed_experts(config))
-            kwargs["distributed_config"] = hf.distributed_config(setup.ranks, setup.ep_size)
+            if setup.ranks > 1:
+                kwargs["distributed_config"] = _distributed_config(backend, setup)
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            with hf.sharding_by(partial(shard, setup=setup)):
+                loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise OSError(
                 f"{pretrained_model_name_or_path}: a safetensors file there is damaged or cut short ({error}); "
@@ -60,7 +65,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             ) from error
         # output_loading_info=True returns (model, info).
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
-        model = accelerate(model, backend=backend, distributed_setup=setup)
+        model = accelerate(model, backend=backend, distributed_setup=distributed_setup)
         return (model, *info) if info else model
 
     @classmethod
@@ -79,11 +84,16 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         """
         backend = _backend(backend, kwargs)
         setup = DistributedSetup.of(distributed_setup)
-        setup.check(hf.num_routed_experts(config))
+        if distributed_setup is not None:
+            setup.check(hf.num_routed_experts(config))
         # A copy, because the config carries the choice of experts and attention to whatever model shares it.
-        return accelerate(
-            super().from_config(copy.deepcopy(config), **kwargs), backend=backend, distributed_setup=setup
-        )
+        build = partial(super().from_config, copy.deepcopy(config), **kwargs)
+        if distributed_setup is None or setup.ranks == 1:
+            return accelerate(build(), backend=backend, distributed_setup=distributed_setup)
+        distributed_config = _distributed_config(backend, setup)
+        with hf.sharding_by(partial(shard, setup=setup)):
+            model = build_sharded(build, partial(hf.distribute, config=distributed_config))
+        return accelerate(model, backend=backend, distributed_setup=distributed_setup)
 
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
@@ -96,3 +106,9 @@ def _backend(backend: BackendConfig | Mapping[str, Any] | None, kwargs: dict[str
     if kwargs.get("experts_implementation") in (None, "slipstream") or backend.experts != "auto":
         return backend
     return replace(backend, experts="transformers")
+
+
+def _distributed_config(backend: BackendConfig, setup: DistributedSetup) -> Any:
+    """The job's process group, made if need be, and the setup in Transformers' terms."""
+    join_process_group(setup)
+    return hf.distributed_config(setup, f"slipstream_{choose_dispatcher(backend, setup).chosen}")

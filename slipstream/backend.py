@@ -19,7 +19,7 @@ CHOICES: dict[str, dict[str, str | None]] = {
     },
     "linear": {"auto": None, "torch": None},
     "experts": {"auto": None, "slipstream": None, "transformers": None},
-    "dispatcher": {"auto": None, "local": None, "all_to_all": None},
+    "dispatcher": {"auto": None, "local": None, "all_gather": None, "all_to_all": None},
     "rms_norm": {"auto": None, "transformers": None},
     "rope": {"auto": None, "transformers": None},
     "loss": {"auto": None, "fused": None, "transformers": None},
@@ -37,7 +37,8 @@ class BackendConfig:
             or else PyTorch's SDPA where the architecture supports it.
         linear: dense projections.
         experts: the experts' MLP; `transformers` keeps `experts_implementation=`, or else Transformers' default.
-        dispatcher: how tokens reach experts on other ranks; `local` means one rank holds them all.
+        dispatcher: how tokens reach experts on other ranks. `local`: there are none; `all_gather`: every token goes
+            to every rank; `all_to_all`: a token goes to the ranks that hold its experts.
         rms_norm, rope: normalisation and rotary embedding.
         loss: `fused` never builds the logits (linear cross-entropy in chunks), `transformers` does.
         compile: what `torch.compile` covers.

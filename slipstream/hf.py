@@ -4,15 +4,31 @@ Checked against Transformers 5.23.0. Each name used here has a test in tests/tes
 it.
 """
 
+import copy
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+    build_glob_alternation,
+    dot_natural_key,
+)
+from transformers.distributed import DistributedConfig, mixin
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 ExpertsForward = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -62,9 +78,40 @@ def uses_causal_lm_loss(model: PreTrainedModel) -> bool:
     return model.loss_function is causal_lm_loss
 
 
-def distributed_config(ranks: int, ep_size: int) -> DistributedConfig:
-    """Dense weights sharded over all `ranks`, experts exchanged within groups of `ep_size`."""
-    return DistributedConfig(fsdp_size=ranks, ep_size=ep_size, ep_implementation="all_to_all")
+def distributed_config(setup: Any, ep_implementation: str) -> DistributedConfig:
+    """A `DistributedSetup` in Transformers' terms; `ep_implementation` is a registered exchange of tokens."""
+    return DistributedConfig(
+        dp_replicate_size=setup.replicas,
+        fsdp_size=setup.fsdp_size,
+        tp_size=setup.tp_size,
+        ep_size=setup.ep_size,
+        ep_implementation=ep_implementation if setup.ep_size > 1 else "auto",
+    )
+
+
+@contextmanager
+def sharding_by(shard: Callable[..., Any]) -> Iterator[None]:
+    """Let `shard(model, mesh_manager, fsdp_plan, ep_plan)` apply FSDP2 where Transformers would by itself.
+
+    It is called on the meta device, after expert and tensor parallelism and before the weights are read.
+    """
+    original = mixin.apply_fully_sharded_data_parallelism
+    mixin.apply_fully_sharded_data_parallelism = shard
+    try:
+        yield
+    finally:
+        mixin.apply_fully_sharded_data_parallelism = original
+
+
+def distribute(model: Any, config: DistributedConfig) -> Any:
+    """Split `model`, on the meta device, over the ranks, as `from_pretrained` does before it reads weights."""
+    config, _, meshes = type(model).prepare_distribute_model(config)
+    return type(model).maybe_distribute_model(model, config, meshes)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Let every decoder layer run again in backward."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def is_distributed(model: PreTrainedModel) -> bool:
@@ -80,3 +127,124 @@ def num_routed_experts(config: PretrainedConfig) -> int | None:
             if (value := getattr(place, name, None)) is not None:
                 return int(value)
     return None
+
+
+class CheckpointHooks:
+    """Where `Trainer` saves and continues, under names of our own; put it before `Trainer` in a class's bases.
+
+    `Trainer` reads `trainer_state.json` in the folder that it continues from by itself. `continue_training` is called
+    when its counters are set up, before the first micro-batch.
+    """
+
+    def save_checkpoint(self) -> None:
+        raise NotImplementedError
+
+    def load_checkpoint(self, path: str) -> None:
+        raise NotImplementedError
+
+    def continue_training(self) -> None:
+        raise NotImplementedError
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.save_checkpoint()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Called before the optimizer exists; `load_checkpoint` does both."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.load_checkpoint(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.continue_training()
+
+
+def unlogged_loss(trainer: Any) -> dict[str, float]:
+    """The sum of this rank's losses since `trainer` logged last, and the step of that log."""
+    return {"loss": trainer._tr_loss.item(), "logged_step": trainer._globalstep_last_logged}
+
+
+def set_unlogged_loss(trainer: Any, loss: float, logged_step: int) -> None:
+    """Put back what `unlogged_loss` returned."""
+    trainer._tr_loss.fill_(loss)
+    trainer._globalstep_last_logged = logged_step
+
+
+class Reversal:
+    """The way back from a model's tensors to those of its checkpoint format, a few tensors at a time.
+
+    `transformers.core_model_loading.revert_weight_conversion` does the same for a whole state dict at once, which would
+    have to be in memory.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        loaded_with = getattr(model, "_weight_conversions", None)
+        if loaded_with is None:  # not from from_pretrained; no prefix was stripped then, so none is put back
+            loaded_with = get_model_conversion_mapping(model, add_legacy=False)
+            loaded_with = [conversion for conversion in loaded_with if not isinstance(conversion, PrefixChange)]
+        back = [conversion.reverse_transform() for conversion in reversed(loaded_with)]
+        self._renamings = [entry for entry in back if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in back if isinstance(entry, WeightConverter)]
+        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+
+    def units(self, names: set[str]) -> list[tuple[str, ...]]:
+        """`names` in the order of the model, those in one tuple that only convert together.
+
+        Call this before `convert`: some renamings apply only once another name was seen.
+        """
+        units: dict[str, list[str]] = {}
+        for name in sorted(names, key=dot_natural_key):
+            renamed, pattern = apply_converters(name, self._converters)
+            unit = renamed if pattern is not None else apply_renamings(name, self._renamings)
+            units.setdefault(unit, []).append(name)
+        return [tuple(unit) for unit in units.values()]
+
+    def convert(self, unit: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors that the tensors of one unit become."""
+        converter: Any = None
+        target: Any = ""
+        for name, tensor in unit.items():
+            target, pattern = apply_converters(name, self._converters)
+            if pattern is None:
+                return {apply_renamings(name, self._renamings): tensor}
+            converter = converter or copy.deepcopy(self._by_pattern[pattern])
+            converter.add_tensor(target, name, pattern, tensor)
+        assert converter is not None
+        converted = converter.convert(target, model=self._model, config=self._model.config)
+        return {
+            apply_renamings(name, self._renamings): value[0] if isinstance(value, list) else value
+            for name, value in converted.items()
+        }
+
+
+def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that belong into a checkpoint, each tied one once, under the name Transformers keeps.
+
+    Raises: RuntimeError for tensors shared in a way that the model class does not declare.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    for name in model._keys_to_ignore_on_save or ():
+        tensors.pop(name, None)
+    # Transformers tells tied tensors by their memory, and shards that are empty have none: show it stand-ins instead.
+    stand_ins = {id(tensor): torch.empty(1) for tensor in tensors.values()}
+    kept = remove_tied_weights_from_state_dict({name: stand_ins[id(t)] for name, t in tensors.items()}, model)
+    return {name: tensors[name] for name in kept}
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """What to search a parameter's name for to know that `model` keeps it in fp32 when it is cast to `dtype`."""
+    names = list(model._get_dtype_plan(dtype))
+    return build_glob_alternation(names)[0] if names else None
+
+
+def holds_adapters_or_quantised(model: PreTrainedModel) -> bool:
+    """Whether Transformers saves something else than the model's plain weights."""
+    return getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "hf_quantizer", None) is not None
+
+
+def save_modelling_code(model: PreTrainedModel, config: Any, folder: Path) -> None:
+    """Copy the modelling code of a model that came with its own, as `save_pretrained` does."""
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=config)

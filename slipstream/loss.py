@@ -277,7 +277,7 @@ def why_not_deferred(model: PreTrainedModel) -> str | None:
     head = model.get_output_embeddings()
     if head is None:
         return "the model has no output head"
-    if type(head) is not nn.Linear:
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return f"the output head is a {type(head).__name__}, not a plain linear layer"
     if model.loss_function is not deferred_causal_lm_loss and not hf.uses_causal_lm_loss(model):
         return "the model has a loss of its own"

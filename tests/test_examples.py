@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,3 +25,24 @@ def test_recipes_are_short_and_valid() -> None:
         _, notes = load_recipe(path)
         assert notes == []
         assert len(path.read_text().splitlines()) <= 15
+
+
+def test_expert_parallel_gives_the_same_losses_on_one_process_and_two(tmp_path: Path) -> None:
+    curves = []
+    for ranks in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if ranks == 2 else []
+        command = [
+            sys.executable,
+            *launcher,
+            str(EXAMPLES / "expert_parallel.py"),
+            "--output",
+            str(tmp_path / str(ranks)),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert float(lines[-1].split()[-1]) < 1e-5
+        curves.append([float(line.split()[-1]) for line in lines if line.startswith("step")])
+    assert len(curves[0]) == 5
+    assert max(abs(one - other) for one, other in zip(*curves, strict=True)) < 1e-4

@@ -5,7 +5,7 @@ import inspect
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from slipstream import hf
+from slipstream import DistributedSetup, hf
 from slipstream.moe import experts
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -51,6 +51,6 @@ def test_number_of_experts() -> None:
 
 
 def test_distributed_config() -> None:
-    config = hf.distributed_config(8, 4)
-    assert (config.fsdp_size, config.ep_size, config.ep_implementation) == (8, 4, "all_to_all")
+    config = hf.distributed_config(DistributedSetup(ep_size=1), "slipstream_all_to_all")
+    assert (config.dp_replicate_size, config.fsdp_size, config.ep_size, config.ep_implementation) == (1, 1, 1, "auto")
     assert not hf.is_distributed(tiny_model("llama", None))

@@ -135,7 +135,7 @@ OVERRIDES: dict[str, dict[str, object]] = {
 }
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
+def tiny_config(model_type: str, **changes: object) -> PretrainedConfig:
     """The architecture's own default config, shrunk to 4 layers of width 64 with 8 experts, top 2."""
     config_class = CONFIG_MAPPING[model_type]
     defaults = config_class()
@@ -150,14 +150,19 @@ def tiny_config(model_type: str) -> PretrainedConfig:
         values["num_key_value_heads"] = values.get("num_attention_heads", 4)
     if "qk_rope_head_dim" in values:
         values.pop("head_dim", None)
-    return config_class(**{**values, **OVERRIDES.get(model_type, {})})
+    changes = {aliases.get(name, name): value for name, value in changes.items()}
+    return config_class(**{**values, **OVERRIDES.get(model_type, {}), **changes})
 
 
-def tiny_model(model_type: str, experts_implementation: str | None = "eager", seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    model_type: str, experts_implementation: str | None = "eager", seed: int = 0, **changes: object
+) -> PreTrainedModel:
     """A Transformers model in fp32 with weights large enough that every expert matters."""
     torch.manual_seed(seed)
     options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32, **options)
+    model = transformers.AutoModelForCausalLM.from_config(
+        tiny_config(model_type, **changes), dtype=torch.float32, **options
+    )
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -15,6 +15,8 @@ def sum_rows(
 ) -> torch.Tensor:
     """`out[t] = sum over k of weights[t, k] * rows[row[t, k]]`, `[T, H]` in `dtype`; weights of 1 for None.
 
+    A row >= R adds nothing: the token's expert is on another rank.
+
     Example: rows [[1], [2], [4]], row [[0, 2]], weights [[0.5, 0.25]] -> [[1.5]].
     """
     if not runs_on(rows_RH):
@@ -29,6 +31,7 @@ def sum_rows(
             row_TK.contiguous(),
             rows_RH if weights_TK is None else weights_TK.contiguous(),
             out_TH,
+            rows_RH.shape[0],
             hidden,
             K=slots,
             WEIGHTED=weights_TK is not None,
@@ -42,8 +45,10 @@ def sum_rows_reference(
 ) -> torch.Tensor:
     """What `sum_rows` computes, a slot at a time."""
     out_TH = torch.zeros(row_TK.shape[0], rows_RH.shape[1], dtype=torch.float32, device=rows_RH.device)
+    last = rows_RH.shape[0] - 1
     for slot in range(row_TK.shape[1]):
-        part_TH = rows_RH[row_TK[:, slot]]
+        row_T = row_TK[:, slot]
+        part_TH = rows_RH[row_T.clamp(max=last)].masked_fill((row_T > last)[:, None], 0)
         out_TH = out_TH + (part_TH if weights_TK is None else part_TH * weights_TK[:, slot, None].float())
     return out_TH.to(dtype)
 
@@ -53,14 +58,17 @@ if HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
-    def _sum_rows_kernel(rows, row, weights, out, hidden, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    def _sum_rows_kernel(
+        rows, row, weights, out, num_rows, hidden, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+    ):
         token = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < hidden
         total = tl.zeros((BLOCK,), tl.float32)
         for slot in tl.static_range(K):
             source = tl.load(row + token * K + slot).to(tl.int64)
-            values = tl.load(rows + source * hidden + column, mask=inside, other=0.0).to(tl.float32)
+            there = inside & (source < num_rows)
+            values = tl.load(rows + source * hidden + column, mask=there, other=0.0).to(tl.float32)
             if WEIGHTED:
                 values *= tl.load(weights + token * K + slot).to(tl.float32)
             total += values

@@ -58,15 +58,20 @@ class Flavour:
         return ", ".join(word for word in words if word)
 
 
-def experts_forward(experts: Any, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    """The experts interface: `x_TH [T, H]`, global ids `idx_TK [T, K]` int64, `weights_TK [T, K]` -> `[T, H]`."""
+def experts_forward(
+    experts: Any, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor, num_rows: int | None = None
+) -> torch.Tensor:
+    """The experts interface: `x_TH [T, H]`, ids `idx_TK [T, K]` int64, `weights_TK [T, K]` -> `[T, H]`.
+
+    Under expert parallelism an id may say 'not on this rank'; `num_rows` is how many don't, where the host knows it.
+    """
     flavour = Flavour.of(experts)
     if flavour.gated:
         up, up_bias, activation = experts.gate_up_proj, "gate_up_proj_bias", experts._apply_gate
     else:
         up, up_bias, activation = experts.up_proj, "up_proj_bias", experts.act_fn
     dtype = compute_dtype(up)
-    routing = sort_by_expert(idx_TK, up.shape[0])
+    routing = sort_by_expert(idx_TK, up.shape[0], num_rows)
     mlp = grouped_mlp
     if flavour.needs_autograd:
         mlp = partial(grouped_mlp_autograd, post_norm=experts.post_expert_norm if flavour.post_norm else None)
@@ -79,7 +84,7 @@ def experts_forward(experts: Any, x_TH: torch.Tensor, idx_TK: torch.Tensor, weig
         activation,
         up_bias_EN=getattr(experts, up_bias).to(dtype) if flavour.biased else None,
         down_bias_EH=experts.down_proj_bias.to(dtype) if flavour.biased else None,
-        unowned_rows=hf.is_expert_parallel(experts),
+        unowned_rows=num_rows is None and hf.is_expert_parallel(experts),
     )
 
 

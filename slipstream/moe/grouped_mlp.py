@@ -92,7 +92,9 @@ class _GroupedMLP(torch.autograd.Function):
                 if ctx.unowned_rows:
                     bias_RH = zero_unowned(bias_RH, routing)
                 grad_weight_R = grad_weight_R + torch.linalg.vecdot(grad_RH.float(), bias_RH.float())
-            grad_weights = grad_weight_R[routing.row_TK].to(weights_TK.dtype)
+            # One 0 more, for the slots whose row was left out.
+            row_TK = routing.row_TK.clamp(max=grad_weight_R.shape[0])
+            grad_weights = F.pad(grad_weight_R, (0, 1))[row_TK].to(weights_TK.dtype)
         if need_down:
             weighted_RI = (act_RI.detach() * weight_R1).to(down_EIH.dtype)
             grad_down = _weight_grad(weighted_RI, grad_RH, routing, down_EIH)

@@ -25,16 +25,18 @@ class Routing(NamedTuple):
     expert_R: torch.Tensor
 
 
-def sort_by_expert(idx_TK: torch.Tensor, num_experts: int) -> Routing:
+def sort_by_expert(idx_TK: torch.Tensor, num_experts: int, num_rows: int | None = None) -> Routing:
     """Group the (token, slot) pairs of `idx_TK` by expert, in token order within each expert.
 
-    An id >= num_experts (an expert of another rank) sorts behind ends_E[-1]; its row belongs to no expert.
+    An id >= num_experts (an expert of another rank) sorts behind ends_E[-1]; its row belongs to no expert. Where the
+    host knows how many rows do belong to one, `num_rows` leaves out the others: `row_TK` then points behind the last.
     """
     expert_R, slot_R = torch.sort(idx_TK.flatten(), stable=True)
     experts_E = torch.arange(num_experts, device=idx_TK.device, dtype=idx_TK.dtype)
     ends_E = torch.searchsorted(expert_R, experts_E, right=True).to(torch.int32)
     row_TK = torch.empty_like(slot_R)
     row_TK[slot_R] = torch.arange(slot_R.numel(), device=idx_TK.device)
+    slot_R, expert_R = slot_R[:num_rows], expert_R[:num_rows]
     return Routing(slot_R, slot_R // idx_TK.shape[1], row_TK.view_as(idx_TK), ends_E, expert_R)
 
 

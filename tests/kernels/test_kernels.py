@@ -79,3 +79,11 @@ def test_sum_rows(tokens, hidden, dtype, weighted) -> None:
     weights = torch.rand(tokens, slots, device=DEVICE) if weighted else None
     expected = sum_rows_reference(rows, row, weights, dtype)
     torch.testing.assert_close(sum_rows(rows, row, weights, dtype), expected)
+
+
+@compiled_or_interpreted
+def test_sum_rows_leaves_out_rows_that_are_not_there() -> None:
+    rows = torch.tensor([[1.0], [2.0], [4.0]], device=DEVICE)
+    row = torch.tensor([[0, 3], [9, 2]], device=DEVICE)
+    assert sum_rows(rows, row, None, torch.float32).tolist() == [[1.0], [4.0]]
+    assert sum_rows_reference(rows, row, None, torch.float32).tolist() == [[1.0], [4.0]]

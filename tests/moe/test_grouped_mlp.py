@@ -70,8 +70,8 @@ def oracle(idx, inputs, activation):
     return experts_reference(idx_TK=idx, activation=activation, **inputs)
 
 
-def ours(idx, inputs, activation, mlp=grouped_mlp, unowned_rows=False):
-    routing = sort_by_expert(idx, inputs["up_EHN"].shape[0])
+def ours(idx, inputs, activation, mlp=grouped_mlp, unowned_rows=False, num_rows=None):
+    routing = sort_by_expert(idx, inputs["up_EHN"].shape[0], num_rows)
     return mlp(routing=routing, activation=activation, unowned_rows=unowned_rows, **inputs)
 
 
@@ -110,8 +110,9 @@ def test_all_tokens_to_one_expert(mlp) -> None:
 
 @pytest.mark.parametrize("mlp", [grouped_mlp, grouped_mlp_autograd])
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
-def test_rows_of_other_ranks_contribute_nothing(biased, mlp) -> None:
-    """Transformers' expert parallelism marks an expert of another rank with the id `num_experts` and weight 0."""
+@pytest.mark.parametrize("counted", [False, True], ids=["unknown number", "known number"])
+def test_rows_of_other_ranks_contribute_nothing(counted, biased, mlp) -> None:
+    """Expert parallelism marks an expert of another rank with the id `num_experts` and weight 0."""
     idx, inputs, function = problem("plain", "swiglu", biased, False, torch.float32)
     absent = torch.rand(idx.shape) < 0.5
     absent[0] = True
@@ -119,7 +120,8 @@ def test_rows_of_other_ranks_contribute_nothing(biased, mlp) -> None:
     inputs["weights_TK"] = inputs["weights_TK"].masked_fill(absent, 0.0)
     grad = torch.randn(inputs["x_TH"].shape)
     out, expected = run(oracle, idx, {n: t.double() for n, t in inputs.items()}, grad, activation=function)
-    got = run(ours, idx, inputs, grad, activation=function, mlp=mlp, unowned_rows=True)
+    known = {"num_rows": int((~absent).sum())} if counted else {"unowned_rows": True}
+    got = run(ours, idx, inputs, grad, activation=function, mlp=mlp, **known)
     assert_matches(got, (out, expected), 2e-6)
 
 
@@ -167,6 +169,9 @@ def test_sort_by_expert_example() -> None:
     assert routing.row_TK.tolist() == [[1, 0], [2, 3]]
     assert routing.ends_E.tolist() == [1, 3, 4]
     assert routing.expert_R.tolist() == [0, 1, 1, 2]
+    routing = sort_by_expert(torch.tensor([[1, 2], [2, 0]]), 2, num_rows=2)  # 2 is an expert of another rank
+    assert (routing.slot_R.tolist(), routing.expert_R.tolist()) == ([3, 0], [0, 1])
+    assert routing.row_TK.tolist() == [[1, 2], [3, 0]]
 
 
 def test_balanced_index_loads_all_experts_equally() -> None:

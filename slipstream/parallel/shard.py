@@ -1,0 +1,120 @@
+"""FSDP2 over a model whose experts are already split over the expert-parallel ranks.
+
+Dense parameters are sharded over the data-parallel mesh, unit by unit as the architecture's own plan in Transformers
+says. A layer's experts, of which each rank of an expert-parallel group holds its share, are sharded over the ranks that
+hold the same ones (`efsdp`). Runs between the model's construction on the meta device and the loading of its weights,
+so that every rank then reads only what it keeps.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from slipstream import hf
+from slipstream.parallel.setup import DistributedSetup
+
+Plan = dict[str, str]
+
+
+def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: DistributedSetup) -> Any:
+    """Apply FSDP2 to `model`, in place.
+
+    Args:
+        model: on the meta device, its experts' parameters already DTensors over the `ep` mesh.
+        meshes: Transformers' mesh manager; `get_mesh` takes `fsdp`, `efsdp`, or a pair with `dp_replicate` before.
+        fsdp_plan: module name -> "free_full_weight" or "keep_full_weight" (after forward).
+        ep_plan: module or parameter name -> style; the experts are "ep_dispatch_experts".
+    """
+    policies = _policies(setup)
+    if setup.ep_size > 1:
+        mesh = _data_mesh(meshes, "efsdp", setup)
+        place = _placement(model, setup.efsdp_size)
+        for name, style in ep_plan.items():
+            if style == "ep_dispatch_experts":
+                experts = model.get_submodule(name)
+                fully_shard(experts, mesh=mesh, reshard_after_forward=True, shard_placement_fn=place, **policies)
+                _scale_gradients(experts, setup)
+
+    freed, kept = _units(model, fsdp_plan)
+    mesh = _data_mesh(meshes, "fsdp", setup)
+    policies["shard_placement_fn"] = _placement(model, setup.fsdp_size)
+    for module in freed:
+        fully_shard(module, mesh=mesh, reshard_after_forward=setup.reshard_after_forward, **policies)
+    # The last norm and the head run back to back, and backward begins with them: one unit.
+    for tail in [kept] if len(kept) == 2 else [[module] for module in kept]:
+        fully_shard(tail, mesh=mesh, reshard_after_forward=False, **policies)
+    fully_shard(model, mesh=mesh, **policies)
+    model._is_fsdp_managed_module = True  # what generate() looks at
+    return model
+
+
+def _policies(setup: DistributedSetup) -> dict[str, Any]:
+    policies: dict[str, Any] = {}
+    if setup.param_dtype is not None or setup.reduce_dtype is not None:
+        dtypes = (getattr(torch, name) if name else None for name in (setup.param_dtype, setup.reduce_dtype))
+        param_dtype, reduce_dtype = dtypes
+        policies["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    if setup.cpu_offload:
+        policies["offload_policy"] = CPUOffloadPolicy()
+    return policies
+
+
+def _data_mesh(meshes: Any, name: str, setup: DistributedSetup) -> DeviceMesh:
+    return meshes.get_mesh(("dp_replicate", name) if setup.replicas > 1 else name)
+
+
+def _scale_gradients(experts: Any, setup: DistributedSetup) -> None:
+    # An expert's gradient is the sum over the tokens of all data-parallel ranks, as each rank's loss is a mean: divide
+    # by all of them, not by the ranks that FSDP reduces over.
+    experts.set_gradient_divide_factor(float(setup.dp_size))
+    if setup.efsdp_size > 1:
+        # Sum and divide here: a factor other than the group's size goes through PREMUL_SUM, which gloo refuses and NCCL
+        # zeroes in bf16 up to torch 2.13 (pytorch#190747). With one rank FSDP2 would divide twice.
+        experts.set_force_sum_reduction_for_comms(True)
+
+
+def _placement(model: Any, ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Shard whole experts, or an inner dimension where some rank would be left with none (Transformers cannot load an
+    empty shard of an experts' tensor): 6 experts `[6, 96, 64]` over 4 ranks go by the 64.
+
+    By the dimension that goes in: along the one that comes out a checkpoint's gate and up are put together, and a part
+    of both is not a part of the whole.
+    """
+    inner = {
+        id(parameter): 1 if experts.is_transposed else 2
+        for _, experts in hf.experts_modules(model)
+        for parameter in experts.parameters()
+        if parameter.ndim == 3
+    }
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        dim = inner.get(id(parameter))
+        if dim is None:
+            return None
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        # FSDP2 gives the first ranks ceil(n / ranks) rows each; the last has some if that leaves any.
+        rows = -(-local.shape[0] // ranks)
+        empty = rows * (ranks - 1) >= local.shape[0]
+        return Shard(dim) if empty and local.shape[dim] % ranks == 0 else None
+
+    return place
+
+
+def _units(model: Any, fsdp_plan: Plan) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules to shard one by one, and those that form the tail. A plan that misses the embedding or the head
+    (Nemotron-H's in 5.23) would leave them in the root's unit, gathered for the whole step."""
+    freed = [model.get_submodule(name) for name, style in fsdp_plan.items() if style == "free_full_weight"]
+    kept = [model.get_submodule(name) for name, style in fsdp_plan.items() if style == "keep_full_weight"]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    planned = {id(module) for module in (*freed, *kept)}
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    if embedding is not None and id(embedding) not in planned and not tied:
+        freed.append(embedding)
+    if head is not None and id(head) not in planned and not tied:
+        kept.append(head)
+    return freed, kept
