@@ -17,7 +17,11 @@ def finetune(
         bool, typer.Option("--dry-run", help="Check everything, show the recipe and the first row; write nothing.")
     ] = False,
 ) -> None:
-    """Fine-tune a model as a recipe says. Runs as is, or on each rank under torchrun."""
+    """Fine-tune a model as a recipe says. Runs as is, or on each rank under torchrun.
+
+    SIGTERM or SIGUSR1 stops it after the step under way with a checkpoint and exit code 75 (EX_TEMPFAIL); the same
+    command again continues.
+    """
     from slipstream.train.recipe_file import load_recipe
 
     resolved, notes = load_recipe(recipe, overrides or ())
@@ -25,8 +29,10 @@ def finetune(
     import os
     import sys
 
+    from torch.distributed.elastic.multiprocessing.errors import record
     from transformers.utils import logging
 
+    from slipstream.train.resume import EXIT_REQUEUE, StoppedBySignal
     from slipstream.train.run import run
 
     if int(os.environ.get("RANK", "0")) == 0:
@@ -34,4 +40,12 @@ def finetune(
             print(f"note: {note}")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    run(resolved, overwrite=overwrite, dry_run=dry_run)
+
+    @record  # tells torchrun which rank failed first, and how
+    def recorded() -> None:
+        try:
+            run(resolved, overwrite=overwrite, dry_run=dry_run)
+        except StoppedBySignal:
+            sys.exit(EXIT_REQUEUE)
+
+    recorded()

@@ -19,10 +19,11 @@ class MetricsFile(TrainerCallback):
     `learning_rate`, `grad_norm`, `tokens_per_second`, `tokens` (so far, no padding); in evaluation `eval_loss`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, earlier: list[Logs] | None = None) -> None:
+        """`earlier` are lines to begin with, of the part of the run before this one; their `elapsed` goes on."""
         self.path = path
-        self.start = time.perf_counter()
-        path.write_text("")
+        self.start = time.perf_counter() - (earlier[-1]["elapsed"] if earlier else 0.0)
+        path.write_text("".join(json.dumps(line) + "\n" for line in earlier or ()))
 
     def on_log(
         self,
@@ -35,6 +36,19 @@ class MetricsFile(TrainerCallback):
         line = {"step": state.global_step, "elapsed": round(time.perf_counter() - self.start, 3), **(logs or {})}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def metrics_until(path: Path, step: int) -> list[Logs]:
+    """The lines that a run wrote to its metrics file up to an optimizer step, without the summary at its end."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # cut short when the run was killed
+        if line["step"] <= step and "train_runtime" not in line:
+            lines.append(line)
+    return lines
 
 
 class ProgressReport(TrainerCallback):

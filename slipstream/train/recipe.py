@@ -121,6 +121,18 @@ class LoraSection(Section):
     use_dora: bool = False
 
 
+class CheckpointSection(Section):
+    save_steps: int | None = Field(
+        None, gt=0, description="Optimizer steps between checkpoints; default: only when a signal stops the run."
+    )
+    save_total_limit: int = Field(2, gt=0, description="How many to keep, the newest.")
+    resume_from_checkpoint: PathString = Field(
+        "latest",
+        description="'latest': continue an unfinished run that the output folder holds; 'never': start anew; or the "
+        "folder of a checkpoint.",
+    )
+
+
 class EvalSection(Section):
     sample_prompt: str | None = Field(None, min_length=1, description="Answered greedily before and after training.")
     max_new_tokens: int = Field(30, gt=0)
@@ -136,4 +148,5 @@ class Recipe(Section):
         default_factory=dict, description="Fields of slipstream.DistributedSetup: strategy, ep_size."
     )
     lora: LoraSection | None = None
+    checkpoint: CheckpointSection = Field(default_factory=lambda: CheckpointSection.model_validate({}))
     eval: EvalSection = Field(default_factory=lambda: EvalSection.model_validate({}))

@@ -16,12 +16,24 @@ from trl import SFTConfig
 
 from slipstream import AutoModelForCausalLM, DistributedSetup
 from slipstream.checkpoint.output import INCOMPLETE, check_output_folder, holds_model, publish
+from slipstream.checkpoint.resume import Checkpointer, checkpoint_name, read_info
 from slipstream.hf import num_routed_experts
-from slipstream.train.callbacks import MetricsFile, ProgressReport
+from slipstream.train.callbacks import MetricsFile, ProgressReport, metrics_until
 from slipstream.train.checks import load_config, resolve
 from slipstream.train.data import TokenizedData, jsonl_files, load_data, trained_segments
 from slipstream.train.recipe import Recipe
 from slipstream.train.recipe_file import dump_recipe
+from slipstream.train.resume import (
+    CHECKPOINTS,
+    SaveAndStop,
+    StoppedBySignal,
+    agree,
+    collective_timeout,
+    find_checkpoint,
+    identity,
+    keep_rows_per_step,
+    rows_per_step,
+)
 from slipstream.train.trainer import SlipstreamTrainer, training_arguments
 
 RECIPE_FILE, METRICS_FILE = "recipe.resolved.yaml", "metrics.jsonl"
@@ -45,7 +57,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a run needs but the weights."""
+    """Everything a run needs but the weights; `checkpoint` is where it continues from, None at a new start."""
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
@@ -53,6 +65,7 @@ class Prepared:
     arguments: SFTConfig
     load_kwargs: dict[str, Any]
     lora: LoraConfig | None
+    checkpoint: Path | None
 
 
 def run(
@@ -61,7 +74,8 @@ def run(
     """Fine-tune as the recipe says; everything that can be checked is, before weights are loaded or a file is written.
 
     Writes into `train.output_dir`: model and tokenizer as Transformers saves them, `metrics.jsonl` line by line while
-    it trains, and `recipe.resolved.yaml`. An earlier model stays until the new one is complete.
+    it trains, `recipe.resolved.yaml`, and checkpoints below `checkpoints/`. An earlier model stays until the new one is
+    complete. SIGTERM and SIGUSR1 end training after the step under way, with a checkpoint; the same call continues.
 
     Args:
         recipe: what to do.
@@ -70,7 +84,9 @@ def run(
         file: where to print; default stdout. Only rank 0 prints and writes.
 
     Returns: what came of it, or None after a dry run.
-    Raises: ValueError, TypeError, OSError or ImportError, saying what to change, when the run is refused.
+    Raises:
+        ValueError, TypeError, OSError or ImportError: what to change, when the run is refused.
+        StoppedBySignal: on all ranks, when training ended early.
     """
     first_rank = int(os.environ.get("RANK", "0")) == 0
     console = Console(file=file, quiet=not first_rank, highlight=False, markup=False, soft_wrap=True)
@@ -78,8 +94,12 @@ def run(
     _print_resolved(prepared, console, dry_run)
     if dry_run:
         return None
+    agree(prepared.checkpoint)
     model = load_model(prepared)
     output = Path(prepared.recipe.train.output_dir)
+    section, timeout = prepared.recipe.checkpoint, collective_timeout(prepared.recipe, prepared.arguments)
+    checkpointer = Checkpointer(output / CHECKPOINTS, section.save_total_limit, timeout)
+    stop = SaveAndStop(section.save_steps, timeout)
     # The records of a model that is being replaced stay beside it until its successor is complete.
     records = output / INCOMPLETE if holds_model(output) else output
     progress = ProgressReport(console)
@@ -89,29 +109,48 @@ def run(
         train_dataset=prepared.data.train,
         eval_dataset=prepared.data.eval,
         processing_class=prepared.tokenizer,
-        callbacks=[progress],
+        callbacks=[progress, stop],
         peft_config=prepared.lora,
+        checkpointer=checkpointer,
     )
+    trainer.run_info = {
+        "identity": identity(prepared.recipe, prepared.data.counts),
+        "rows_per_step": rows_per_step(prepared.recipe, prepared.arguments),
+    }
     if prepared.lora:
         _print_trainable(trainer, console)
+    before = read_info(prepared.checkpoint) if prepared.checkpoint else None
     if first_rank:
+        earlier = metrics_until(records / METRICS_FILE, before["step"]) if before else None
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)  # of a run that was killed
         records.mkdir(parents=True, exist_ok=True)
         (records / RECIPE_FILE).write_text(dump_recipe(prepared.recipe), encoding="utf-8")
-        trainer.add_callback(MetricsFile(records / METRICS_FILE))
+        trainer.add_callback(MetricsFile(records / METRICS_FILE, earlier))
         console.print(f"metrics: {records / METRICS_FILE}")
-    loss_before, answer_before = _examine(trainer, prepared, console)
-    try:
-        trainer.train()
-    finally:
-        progress.stop()
-    loss_after, answer_after = _examine(trainer, prepared, console)
-    trainer.save_model(str(output / INCOMPLETE))
+    examined = before["info"]["examined"] if before else _examine(trainer, prepared, console)
+    trainer.run_info["examined"] = loss_before, answer_before = examined
+    with stop:
+        try:
+            trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+        finally:
+            progress.stop()
+        if stop.stopped_by:
+            checkpointer.close()
+            step = trainer.state.global_step
+            stopped = StoppedBySignal(stop.stopped_by, step, checkpointer.folder / checkpoint_name(step))
+            # While signals are still caught: once another rank has ended, torchrun sends one to this rank.
+            console.print(str(stopped))
+            console.file.flush()
+            raise stopped
+        loss_after, answer_after = _examine(trainer, prepared, console)
+        trainer.save_model(str(output / INCOMPLETE))
+        checkpointer.close()
     if first_rank:
         # Trainer's pickle, which the recipe replaces, and PEFT's empty model card.
         for name in ("training_args.bin", "README.md"):
             (output / INCOMPLETE / name).unlink(missing_ok=True)
         publish(output)
+        checkpointer.finish(keep=section.save_steps is not None)
         console.print(f"saved: {output}")
     return RunResult(
         output_dir=output,
@@ -146,7 +185,11 @@ def prepare(recipe: Recipe, overwrite: bool) -> Prepared:
     assert recipe.data.max_length is not None
     data = load_data(recipe.data, tokenizer, recipe.data.max_length, config.get_text_config().vocab_size)
     lora = LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()) if recipe.lora else None
-    return Prepared(recipe, tokenizer, data, training_arguments(recipe, data.eval is not None), load_kwargs, lora)
+    checkpoint = find_checkpoint(recipe, data.counts, overwrite)
+    arguments = training_arguments(recipe, data.eval is not None)
+    if checkpoint is not None and (note := keep_rows_per_step(checkpoint, recipe, arguments)):
+        data.notes.append(note)
+    return Prepared(recipe, tokenizer, data, arguments, load_kwargs, lora, checkpoint)
 
 
 def load_model(prepared: Prepared) -> PreTrainedModel:
@@ -220,6 +263,8 @@ def _print_resolved(prepared: Prepared, console: Console, dry_run: bool) -> None
         f"{recipe.train.gradient_accumulation_steps} rows a device, learning rate {recipe.train.learning_rate:g}, "
         f"max_length {recipe.data.max_length}{', bfloat16 autocast' if recipe.train.bf16 else ''}",
     ]
+    if prepared.checkpoint:
+        lines.append(f"continues from: {prepared.checkpoint}")
     if counts.cut_rows:
         lines.append(f"cut: {counts.cut_rows:,} rows to max_length, {counts.cut_tokens:,} tokens lost")
     if counts.masked_rows:

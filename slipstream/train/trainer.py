@@ -1,32 +1,43 @@
-"""The trainer: TRL's `SFTTrainer` with the model's own loss."""
+"""The trainer: TRL's `SFTTrainer` with the model's own loss, and checkpoints that any number of ranks can continue."""
 
+import dataclasses
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from slipstream import hf
+from slipstream.checkpoint.resume import Checkpointer, Resumed, load
 from slipstream.train.data import IGNORE
 from slipstream.train.recipe import Recipe
 
 # What TRL and Transformers set on a model's config for the time of training.
+TRAINER_STATE = "trainer_state.json"
 CHANGED_KEYS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
 
-class SlipstreamTrainer(SFTTrainer):
+class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
     """`SFTTrainer` on tokenized rows whose loss is the model's own, so that the logits are never built.
 
     TRL 1.16 puts a head of its own on the model (log-probabilities, entropy, accuracy), which would bypass the loss of
     an accelerated one. Held-out loss is the mean cross-entropy over all trained tokens, whatever the batch size, and
     has no load-balancing term. The config that is saved is the one that was loaded.
 
+    A callback that sets `control.should_save` has `checkpointer` save, also what was sharded at load time, for which
+    Transformers has no checkpoints; `train(resume_from_checkpoint=folder)` continues from there.
+
     Attributes:
+        run_info: JSON data that every checkpoint carries.
         tokens: tokens trained on so far on all ranks, padding not counted.
         seconds: the time these took, evaluation not counted.
     """
@@ -40,6 +51,7 @@ class SlipstreamTrainer(SFTTrainer):
         processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],
         peft_config: LoraConfig | None = None,
+        checkpointer: Checkpointer | None = None,
     ) -> None:
         config = model.config.get_text_config()
         loaded = [(c, key, getattr(c, key)) for c in (config, model.config) for key in CHANGED_KEYS if hasattr(c, key)]
@@ -79,6 +91,48 @@ class SlipstreamTrainer(SFTTrainer):
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
         self._clock = 0.0
         self._trained_per_row = 0.0
+        self.checkpointer = checkpointer
+        self.run_info: dict[str, Any] = {}
+        self._resumed: Resumed | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE)))
+            if state.global_step >= state.max_steps:
+                # Trainer would make one step more.
+                assert self.model is not None
+                load(Path(resume_from_checkpoint), self.model)
+                self.state = state
+                return None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_checkpoint(self) -> None:
+        assert self.checkpointer is not None
+        assert self.model is not None
+        self.store_flos()
+        self.checkpointer.save(
+            self.state.global_step,
+            self.model,
+            self._bare_optimizer(),
+            self.lr_scheduler,
+            info={**self.run_info, "tokens": self.tokens, "seconds": self.seconds},
+            rank_info={"new_tokens": int(self._new_tokens), **hf.unlogged_loss(self)},
+            files={TRAINER_STATE: json.dumps(dataclasses.asdict(self.state), indent=2)},
+        )
+
+    def load_checkpoint(self, path: str) -> None:
+        assert self.model is not None
+        self._resumed = load(Path(path), self.model, self._bare_optimizer(), self.lr_scheduler)
+
+    def continue_training(self) -> None:
+        assert self._resumed is not None
+        self.tokens, self.seconds = self._resumed.info["tokens"], self._resumed.info["seconds"]
+        ranks = self._resumed.rank_infos
+        # A log takes the mean of the ranks' losses and the sum of their tokens.
+        hf.set_unlogged_loss(self, sum(rank["loss"] for rank in ranks) / len(ranks), ranks[0]["logged_step"])
+        if self._resumed.same_ranks or self.args.process_index == 0:
+            self._new_tokens += sum(rank["new_tokens"] for rank in ranks)
+        self._resumed.restore_rng()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self._clock:
@@ -141,6 +195,10 @@ class SlipstreamTrainer(SFTTrainer):
             self.tokens, self.seconds, self._clock = self.tokens + new, self.seconds + now - self._clock, now
             logs["tokens"] = self.tokens
         super().log(logs, start_time)
+
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        assert isinstance(self.optimizer, AcceleratedOptimizer)
+        return self.optimizer.optimizer  # type: ignore[no-any-return]
 
     def _model_kwargs(self, training: bool) -> dict[str, Any]:
         router = {"output_router_logits": training and self.aux_loss_enabled} if self._router_kwarg else {}
