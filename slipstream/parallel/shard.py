@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Shard
 
 from slipstream import hf
+from slipstream.moe.dispatch import GRADIENT_DIVISOR
 from slipstream.parallel.setup import DistributedSetup
 
 Plan = dict[str, str]
@@ -31,7 +32,8 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
         ep_plan: module or parameter name -> style; the experts are "ep_dispatch_experts".
     """
     policies = _policies(setup)
-    if setup.ep_size > 1:
+    owned = _experts_of_one_owner(model, meshes, ep_plan) if _stay_put(setup) else set()
+    if setup.ep_size > 1 and not owned:
         mesh = _data_mesh(meshes, "efsdp", setup)
         place = _placement(model, setup.efsdp_size)
         for name, style in ep_plan.items():
@@ -42,7 +44,7 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
 
     freed, kept = _units(model, fsdp_plan)
     mesh = _data_mesh(meshes, "fsdp", setup)
-    policies["shard_placement_fn"] = _placement(model, setup.fsdp_size)
+    policies |= {"shard_placement_fn": _placement(model, setup.fsdp_size), "ignored_params": owned}
     for module in freed:
         fully_shard(module, mesh=mesh, reshard_after_forward=setup.reshard_after_forward, **policies)
     # The last norm and the head run back to back, and backward begins with them: one unit.
@@ -51,6 +53,39 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
     fully_shard(model, mesh=mesh, **policies)
     model._is_fsdp_managed_module = True  # what generate() looks at
     return model
+
+
+def _stay_put(setup: DistributedSetup) -> bool:
+    """Whether each expert has one owner and FSDP2 nothing to do for it: no other rank or replica holds it, and it is
+    neither cast nor offloaded."""
+    one_owner = setup.ep_size > 1 and setup.efsdp_size == 1 and setup.replicas == 1
+    return one_owner and setup.param_dtype is None and not setup.cpu_offload
+
+
+def _experts_of_one_owner(model: Any, meshes: Any, ep_plan: Plan) -> set[nn.Parameter]:
+    """Lay the experts out over the data-parallel mesh, whose ranks are those of the expert-parallel one, and leave them
+    to themselves: no gather, no reduction, no copy of their gradients. On one mesh with the dense parameters they suit
+    functions that take only one, such as PyTorch's own gradient clipping.
+
+    An expert's gradient is a sum over the tokens of all ranks, where the mean is wanted; the exchange divides it on the
+    way in, by the token instead of by the weight.
+    """
+    mesh = meshes.get_mesh("fsdp")
+    owned = set()
+    for name, style in ep_plan.items():
+        if style != "ep_dispatch_experts":
+            continue
+        experts = model.get_submodule(name)
+        setattr(experts, GRADIENT_DIVISOR, mesh.size())
+        for key, parameter in experts._parameters.items():
+            if isinstance(parameter, DTensor):
+                moved = DTensor.from_local(
+                    parameter.to_local(), mesh, [Shard(0)], run_check=False,
+                    shape=parameter.shape, stride=parameter.stride(),
+                )  # fmt: skip
+                experts._parameters[key] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
+                owned.add(experts._parameters[key])
+    return owned
 
 
 def _policies(setup: DistributedSetup) -> dict[str, Any]:

@@ -243,3 +243,31 @@ def test_a_rank_reads_only_its_share(tmp_path: Path) -> None:
     for peak, shards in run_ranks(host_memory, 4, str(tmp_path)):
         assert shards < 0.3 * total
         assert peak < shards + 40e6, (peak, shards)
+
+
+def stock_clip(folder: str) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_setup={"ep_size": 2}).train()
+    assert len({parameter.device_mesh for parameter in model.parameters()}) == 1
+    return train(model, lambda *args: full(torch.nn.utils.clip_grad_norm_(*args)), dist.get_rank(), 2)
+
+
+def test_pytorchs_own_clipping_where_every_expert_has_one_owner(checkpoints: Path) -> None:
+    folder, expected = reference(checkpoints, "qwen3_moe")
+    compare(run_ranks(stock_clip, 2, folder)[0], expected)
+
+
+def tensor_parallel(folder: str) -> tuple[float, dict[str, torch.Tensor], str]:
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_setup={"tp_size": 2}).train()
+    ids, labels = batch_of(0, 1)  # the ranks of a tensor-parallel group share a batch
+    loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    loss.backward()
+    grads = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), grads, slipstream.describe(model)["experts"].chosen
+
+
+def test_tensor_parallelism_by_transformers_plan(checkpoints: Path) -> None:
+    folder, expected = reference(checkpoints, "qwen3_moe")
+    loss, grads, experts = run_ranks(tensor_parallel, 2, folder)[0]
+    assert loss == pytest.approx(expected[0][0], rel=1e-5)
+    assert worst(grads, expected[2])[0] <= 1e-4
+    assert experts == "slipstream"

@@ -17,11 +17,33 @@ from slipstream.moe.dispatch.local import LocalDispatcher
 from slipstream.moe.experts import experts_forward
 from slipstream.moe.routing import balanced_index
 
-__all__ = ["AUTO", "AllGatherDispatcher", "AllToAllDispatcher", "Dispatched", "Dispatcher", "LocalDispatcher"]
-
+__all__ = [
+    "AUTO",
+    "GRADIENT_DIVISOR",
+    "AllGatherDispatcher",
+    "AllToAllDispatcher",
+    "Dispatched",
+    "Dispatcher",
+    "LocalDispatcher",
+]
 
 # What BackendConfig(dispatcher="auto") means: it moves the fewest bytes at every size of the group.
 AUTO = "all_to_all"
+# On an experts module: what its weights' gradients, sums over the tokens of all ranks, are to be divided by here.
+GRADIENT_DIVISOR = "_slipstream_gradient_divisor"
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by `factor`."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad * ctx.factor, None
 
 
 class _Exchange(EPImplementation):
@@ -44,13 +66,18 @@ class _Exchange(EPImplementation):
         if implementation == "slipstream_balanced":
             # Here, because a uniform choice among the experts of one rank is not one among all.
             idx_TK = balanced_index(idx_TK, self.dispatcher.num_local_experts * self.ep_mesh.size())
+        divisor = getattr(self.experts, GRADIENT_DIVISOR, 1)
+        if divisor != 1:
+            # Divided on the way to the experts and restored behind them: only their weights see the smaller gradient.
+            x_TH, weights_TK = (_ScaleGradient.apply(tensor, divisor) for tensor in (x_TH, weights_TK))
         sent = self.dispatcher.dispatch(x_TH, idx_TK, weights_TK)
         rows = sent.rows_RH, sent.idx_RK, sent.weights_RK
         if implementation.startswith("slipstream"):
             rows_RH = experts_forward(self.experts, *rows, num_rows=sent.num_slots or None)
         else:
             rows_RH = self.experts_forward(*rows)
-        return self.dispatcher.combine(rows_RH, sent)
+        out_TH = self.dispatcher.combine(rows_RH, sent)
+        return out_TH if divisor == 1 else _ScaleGradient.apply(out_TH, 1 / divisor)
 
 
 class AllToAllExchange(_Exchange):
