@@ -2,6 +2,7 @@
 
 import inspect
 
+from transformers import Trainer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.loss.loss_utils import LOSS_MAPPING
 
@@ -54,3 +55,16 @@ def test_distributed_config() -> None:
     config = hf.distributed_config(DistributedSetup(ep_size=1), "slipstream_all_to_all")
     assert (config.dp_replicate_size, config.fsdp_size, config.ep_size, config.ep_implementation) == (1, 1, 1, "auto")
     assert not hf.is_distributed(tiny_model("llama", None))
+
+
+def test_checkpoint_hooks() -> None:
+    """Methods of Trainer with these arguments; the one for RNG is called when the counters are set."""
+    for name, hook in vars(hf.CheckpointHooks).items():
+        if name.startswith("_") and not name.startswith("__"):
+            theirs = inspect.signature(getattr(Trainer, name)).parameters
+            assert list(theirs) == list(inspect.signature(hook).parameters), name
+    assert "self._load_rng_state(resume_from_checkpoint)" in inspect.getsource(Trainer._run_epoch)
+    assert "self._load_optimizer_and_scheduler(" in inspect.getsource(Trainer._prepare_for_training)
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    assert loop.index("self._tr_loss = ") < loop.index("self._run_epoch(")
+    assert "self._globalstep_last_logged = " in loop

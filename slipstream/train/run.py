@@ -32,6 +32,7 @@ from slipstream.train.resume import (
     find_checkpoint,
     identity,
     keep_rows_per_step,
+    restart_note,
     rows_per_step,
 )
 from slipstream.train.trainer import SlipstreamTrainer, training_arguments
@@ -176,8 +177,9 @@ def prepare(recipe: Recipe, overwrite: bool) -> Prepared:
         load_kwargs["attn_implementation"] = section.attn_implementation
     if section.backend:
         load_kwargs["backend"] = section.backend
-    if recipe.distributed:
-        DistributedSetup.of(recipe.distributed).check(num_routed_experts(config))
+    setup = DistributedSetup.of(recipe.distributed)
+    if recipe.distributed or setup.ranks > 1:
+        setup.check(num_routed_experts(config))
         load_kwargs["distributed_setup"] = recipe.distributed
     tokenizer = AutoTokenizer.from_pretrained(section.name_or_path, trust_remote_code=section.trust_remote_code)
     if recipe.data.chat_template is not None:
@@ -188,6 +190,8 @@ def prepare(recipe: Recipe, overwrite: bool) -> Prepared:
     checkpoint = find_checkpoint(recipe, data.counts, overwrite)
     arguments = training_arguments(recipe, data.eval is not None)
     if checkpoint is not None and (note := keep_rows_per_step(checkpoint, recipe, arguments)):
+        data.notes.append(note)
+    if note := restart_note():
         data.notes.append(note)
     return Prepared(recipe, tokenizer, data, arguments, load_kwargs, lora, checkpoint)
 

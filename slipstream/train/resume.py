@@ -1,0 +1,171 @@
+"""A run that stops and goes on: when it saves, which signals stop it, and the checkpoint that it continues from."""
+
+import os
+import signal
+import threading
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from slipstream.checkpoint.resume import latest, read_info
+from slipstream.parallel.setup import DistributedSetup
+from slipstream.train.data import Counts
+from slipstream.train.recipe import Recipe
+
+EXIT_REQUEUE = os.EX_TEMPFAIL  # 75: not finished; the same command again continues
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+CHECKPOINTS = "checkpoints"  # below the output folder
+# What may change between the parts of a run without changing its curve. Rows are counted, rows a step kept.
+_FREE = {
+    "model": {"attn_implementation", "trust_remote_code", "backend"},
+    "data": {"train", "eval", "chat_template"},
+    "train": {
+        "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
+        "activation_checkpointing", "logging_steps", "eval_steps", "dataloader_num_workers", "report_to", "run_name",
+    },
+    "distributed": True,
+    "checkpoint": True,
+    "eval": True,
+}  # fmt: skip
+
+
+class StoppedBySignal(Exception):
+    """The run was told to stop, and has written a checkpoint to continue from."""
+
+    def __init__(self, name: str, step: int, path: Path) -> None:
+        super().__init__(f"stopped by {name} after step {step}; the same command continues from {path}")
+
+
+class SaveAndStop(TrainerCallback):
+    """Decides at the end of each step, on all ranks alike, whether to save and whether to stop.
+
+    As a context it catches SIGTERM and SIGUSR1, which schedulers send before they take a machine away. Any rank's
+    signal stops all ranks at the same step.
+
+    Attributes:
+        stopped_by: the name of the signal that ended training early, or None.
+    """
+
+    def __init__(self, save_steps: int | None, timeout: timedelta) -> None:
+        self.save_steps = save_steps
+        self.stopped_by: str | None = None
+        self._received = 0
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "SaveAndStop":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        last = state.global_step >= state.max_steps
+        if self.save_steps and (last or state.global_step % self.save_steps == 0):
+            control.should_save = True
+        received = torch.tensor(self._received)
+        if self._group is not None:
+            dist.all_reduce(received, dist.ReduceOp.MAX, group=self._group)
+        if received and not last:
+            self.stopped_by = signal.Signals(int(received)).name
+            control.should_save = control.should_training_stop = True
+
+
+def collective_timeout(recipe: Recipe, args: TrainingArguments) -> timedelta:
+    """How long a rank waits for the others: what the recipe says, or what Transformers would take."""
+    minutes = DistributedSetup.of(recipe.distributed).timeout_minutes
+    return timedelta(seconds=args.ddp_timeout) if minutes is None else timedelta(minutes=minutes)
+
+
+def identity(recipe: Recipe, counts: Counts) -> dict[str, Any]:
+    """What makes two runs the same: the settings that shape the loss curve, and the size of the data."""
+    sections = recipe.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
+    values = {f"{name}.{key}": value for name, section in sections.items() for key, value in (section or {}).items()}
+    return {**values, "data.rows": counts.rows, "data.tokens": counts.tokens}
+
+
+def find_checkpoint(recipe: Recipe, counts: Counts, overwrite: bool) -> Path | None:
+    """The checkpoint that a resolved recipe's run continues from, or None where it starts anew.
+
+    Args:
+        recipe: its `checkpoint.resume_from_checkpoint` decides.
+        counts: of the data.
+        overwrite: leave an unfinished run of another recipe behind.
+
+    Raises: ValueError when the checkpoint is damaged or was made by a run of another recipe.
+    """
+    output, choice = Path(recipe.train.output_dir), recipe.checkpoint.resume_from_checkpoint
+    path = {"never": None, "latest": latest(output / CHECKPOINTS)}.get(choice, Path(choice))
+    if path is None:
+        return None
+    ours, theirs = identity(recipe, counts), read_info(path)["info"].get("identity", {})
+    differ = [f"{key} is {theirs.get(key)} there and {ours.get(key)} here"
+              for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]  # fmt: skip
+    if not differ:
+        return path
+    if choice == "latest" and overwrite:
+        return None
+    raise ValueError(
+        f"checkpoint.resume_from_checkpoint: {path} is of an unfinished run of another recipe ({'; '.join(differ)}); "
+        "use that recipe, another train.output_dir, or --overwrite to start anew"
+    )
+
+
+def agree(path: Path | None) -> None:
+    """Raise ValueError on all ranks unless all would continue from `path`."""
+    if dist.is_initialized():
+        paths: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(paths, str(path))
+        if len(set(paths)) > 1:
+            raise ValueError(
+                f"the ranks see different checkpoints ({', '.join(sorted(set(paths)))}): "
+                "put train.output_dir on a file system that all nodes share"
+            )
+
+
+def rows_per_step(recipe: Recipe, args: TrainingArguments) -> int:
+    """Rows of all ranks in one optimizer step."""
+    streams = args.world_size // DistributedSetup.of(recipe.distributed).tp_size
+    return int(args.train_batch_size * args.gradient_accumulation_steps * streams)
+
+
+def keep_rows_per_step(path: Path, recipe: Recipe, args: TrainingArguments) -> str | None:
+    """Accumulate so many micro-batches that a step has as many rows as before; what was changed, if anything.
+
+    Raises: ValueError when no whole number does.
+    """
+    wanted, given = read_info(path)["info"]["rows_per_step"], rows_per_step(recipe, args)
+    if wanted == given:
+        return None
+    one = given // args.gradient_accumulation_steps
+    if wanted % one:
+        raise ValueError(
+            f"{path} was made with {wanted} rows a step, and this job has {one} a micro-batch on all its ranks: set "
+            f"train.per_device_train_batch_size so that {wanted} is a multiple, or use another number of ranks"
+        )
+    before, args.gradient_accumulation_steps = args.gradient_accumulation_steps, wanted // one
+    return f"gradient_accumulation_steps is {wanted // one} instead of {before}, so that a step keeps its {wanted} rows"
+
+
+def restart_note() -> str | None:
+    """What to tell whoever asked torchrun for restarts without the setting that makes them safe, or None."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return (
+            "after a restart by torchrun, ranks may look for each other at their old addresses and wait for ever "
+            "(pytorch#135712); start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+        )
+    return None
