@@ -1,0 +1,5 @@
+"""`python -m slipstream.cli`, and so `torchrun -m slipstream.cli`."""
+
+from slipstream.cli import main
+
+main()
