@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--side", choices=["slipstream", "transformers"], default="slipstream")
+    parser.add_argument("--no-save", action="store_true", help="only load")
     options = parser.parse_args()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cuda = torch.cuda.is_available()
@@ -110,13 +111,14 @@ def measure(options: argparse.Namespace, rank: int, ranks: int, cuda: bool) -> N
     own = sum(getattr(p, "to_local", lambda p=p: p)().numel() * 2 for p in model.parameters()) / GIB
     peaks = [host.peak - host.start]
     device = [torch.cuda.max_memory_allocated() / GIB if cuda else 0.0]
-    with HostPeak() as host:
-        started = time.perf_counter()
-        model.save_pretrained(output)
-        dist.barrier()
-        results.append(("save", time.perf_counter() - started))
-    peaks.append(host.peak - host.start)
-    device.append(torch.cuda.max_memory_allocated() / GIB if cuda else 0.0)
+    if not options.no_save:
+        with HostPeak() as host:
+            started = time.perf_counter()
+            model.save_pretrained(output)
+            dist.barrier()
+            results.append(("save", time.perf_counter() - started))
+        peaks.append(host.peak - host.start)
+        device.append(torch.cuda.max_memory_allocated() / GIB if cuda else 0.0)
     for (name, seconds), host_peak, device_peak in zip(results, peaks, device, strict=True):
         worst = torch.tensor([host_peak, device_peak])
         dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -126,7 +128,7 @@ def measure(options: argparse.Namespace, rank: int, ranks: int, cuda: bool) -> N
                 f"{worst[0]:.1f} GiB more than before, device {worst[1]:.1f} GiB (its weights: {own:.1f} GiB)",
                 flush=True,
             )
-    if rank == 0:
+    if rank == 0 and not options.no_save:
         shutil.rmtree(output)
 
 
