@@ -159,10 +159,17 @@ def join_process_group(setup: DistributedSetup) -> None:
     """Make the default process group from torchrun's variables and bind this rank's GPU, unless the caller has done so.
 
     NCCL for GPUs and gloo for CPU tensors, so that both can be exchanged.
+
+    Raises:
+        ValueError: the setup asks for something that this machine does not have.
     """
     import torch
     import torch.distributed as dist
 
+    if setup.cpu_offload and not torch.accelerator.is_available():
+        raise ValueError(
+            "cpu_offload=True: there is no GPU here, so everything is in host memory already; leave it out"
+        )
     if dist.is_initialized():
         return
     cuda = torch.cuda.is_available()

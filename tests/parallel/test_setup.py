@@ -78,3 +78,11 @@ def test_each_replica_needs_whole_expert_groups(monkeypatch) -> None:
         ValueError, match="ep_size=4 does not divide the 2 ranks of each of the 2 replicas; use one of 1, 2"
     ):
         DistributedSetup(ep_size=4, dp_replicate=2).check(8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_offload_without_a_gpu_is_refused(monkeypatch, tmp_path) -> None:
+    tiny_model("qwen3_moe", None).save_pretrained(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="everything is in host memory already"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, distributed_setup={"cpu_offload": True})
