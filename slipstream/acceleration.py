@@ -63,7 +63,7 @@ def accelerate(
         _experts(core, backend),
         choose_dispatcher(backend, setup),
         _attention(core, backend),
-        *_dense_layers(backend),
+        *_dense_layers(),
         _loss(core, backend),
     )
     checkpoint_activations(core, setup.activation_checkpointing)
@@ -125,7 +125,7 @@ def _attention(model: PreTrainedModel, backend: BackendConfig) -> Choice:
     return Choice("attn", chosen, "what the model was loaded with")
 
 
-def _dense_layers(backend: BackendConfig) -> tuple[Choice, ...]:
+def _dense_layers() -> tuple[Choice, ...]:
     why = "no fused version yet"
     return (
         Choice("linear", "torch", why),

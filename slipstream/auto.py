@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,6 +47,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         """
         backend = _backend(backend, kwargs)
         setup = DistributedSetup.of(distributed_setup)
+        # A distributed_config of the caller's own is Transformers' to carry out.
+        sharding: Any = nullcontext()
         if distributed_setup is not None:
             config = kwargs.get("config")
             if config is None:
@@ -55,8 +58,9 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             setup.check(hf.num_routed_experts(config))
             if setup.ranks > 1:
                 kwargs["distributed_config"] = _distributed_config(backend, setup)
+                sharding = hf.sharding_by(partial(shard, setup=setup))
         try:
-            with hf.sharding_by(partial(shard, setup=setup)):
+            with sharding:
                 loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise OSError(

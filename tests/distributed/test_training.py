@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM as Transformers
+from transformers.distributed import DistributedConfig
 
 import slipstream
 from slipstream import AutoModelForCausalLM, clip_grad_norm_, hf
@@ -271,3 +272,14 @@ def test_tensor_parallelism_by_transformers_plan(checkpoints: Path) -> None:
     assert loss == pytest.approx(expected[0][0], rel=1e-5)
     assert worst(grads, expected[2])[0] <= 1e-4
     assert experts == "slipstream"
+
+
+def transformers_own(folder: str) -> Any:
+    config = DistributedConfig(fsdp_size=4, ep_size=2, ep_implementation="all_to_all")
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).train()
+    return train(model, clip_grad_norm_, dist.get_rank(), 4)
+
+
+def test_transformers_own_distributed_config_is_left_to_it(checkpoints: Path) -> None:
+    folder, expected = reference(checkpoints, "qwen3_moe")
+    compare(run_ranks(transformers_own, 4, folder)[0], expected)
