@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
 )
 from transformers.distributed import DistributedConfig, mixin
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -33,6 +34,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 ExpertsForward = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 causal_lm_loss = ForCausalLMLoss
+Exchange = EPImplementation  # what brings an experts module its tokens from other ranks
 
 # What architectures call the number of routed experts.
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
@@ -41,6 +43,11 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 def register_experts(name: str, forward: ExpertsForward) -> None:
     """Make `forward(module, x_TH, idx_TK, weights_TK) -> x_TH` selectable as `experts_implementation=name`."""
     ALL_EXPERTS_FUNCTIONS.register(name, forward)
+
+
+def register_exchange(name: str, exchange: type[EPImplementation]) -> None:
+    """Make `exchange` selectable as `DistributedConfig(ep_implementation=name)`."""
+    EPImplementationInterface.register(name, exchange)
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -107,6 +114,36 @@ def distribute(model: Any, config: DistributedConfig) -> Any:
     """Split `model`, on the meta device, over the ranks, as `from_pretrained` does before it reads weights."""
     config, _, meshes = type(model).prepare_distribute_model(config)
     return type(model).maybe_distribute_model(model, config, meshes)
+
+
+@contextmanager
+def observing_initialization(observe: Callable[[Any, nn.Module, Callable[[], None]], None]) -> Iterator[None]:
+    """Call `observe(model, module, initialize)` where a model would initialise a module, on the meta device too."""
+    cls: Any = PreTrainedModel
+    original, original_whole = cls._initialize_weights, cls.init_weights
+
+    def observed(self: Any, module: nn.Module, is_custom_code: bool = False) -> None:
+        observe(self, module, lambda: original(self, module, is_custom_code))
+
+    def also_on_meta(self: Any) -> None:
+        self.initialize_weights()
+        self.tie_weights(recompute_mapping=False)
+
+    cls._initialize_weights, cls.init_weights = observed, also_on_meta
+    try:
+        yield
+    finally:
+        cls._initialize_weights, cls.init_weights = original, original_whole
+
+
+def initialize_module(model: Any, module: nn.Module) -> None:
+    """Give `module`'s parameters the first values that the class of `model` has for them."""
+    model._init_weights(module)
+
+
+def mark_fsdp_managed(model: Any) -> None:
+    """Tell `generate` that all ranks have to run the same number of forwards."""
+    model._is_fsdp_managed_module = True
 
 
 def checkpoint_layers(model: Any) -> None:

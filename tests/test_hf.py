@@ -3,6 +3,8 @@
 import inspect
 
 from transformers import Trainer
+from transformers.distributed.expert_parallel import EPImplementationInterface
+from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.loss.loss_utils import LOSS_MAPPING
 
@@ -68,3 +70,17 @@ def test_checkpoint_hooks() -> None:
     loop = inspect.getsource(Trainer._inner_training_loop)
     assert loop.index("self._tr_loss = ") < loop.index("self._run_epoch(")
     assert "self._globalstep_last_logged = " in loop
+
+
+def test_exchanges_and_initialisation() -> None:
+    assert issubclass(EPImplementationInterface()["slipstream_all_to_all"], hf.Exchange)
+    seen = []
+    with hf.observing_initialization(lambda model, module, initialize: seen.append(module) or initialize()):
+        model = tiny_model("llama", None)
+    assert set(seen) == set(model.modules())
+    weight = model.model.norm.weight
+    weight.data.zero_()
+    hf.initialize_module(model, model.model.norm)
+    assert weight.min() == 1
+    hf.mark_fsdp_managed(model)
+    assert is_fsdp_managed_module(model)

@@ -34,11 +34,12 @@ from slipstream.checkpoint.export_plan import (
     file_names,
     make_plan,
 )
+from slipstream.checkpoint.output import INCOMPLETE
+from slipstream.parallel.setup import rank_and_ranks
 
 T = TypeVar("T")
 
 ONE_FILE_BYTES = 2**30  # up to here rank 0 writes alone: parallel writing gains less than a second
-INCOMPLETE = ".incomplete"  # below the folder, so that moving a file out of it is a rename
 INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # Of an earlier model: what Transformers would load instead of the new one, or beside it.
@@ -100,7 +101,7 @@ def export(
     if hf.holds_adapters_or_quantised(model):
         raise ValueError("export writes plain weights; save adapters or quantised weights with Transformers")
     max_shard_bytes, dtype = _bytes(max_shard_size), _dtype(save_dtype)
-    rank, team = _rank_and_world()[0], _Team()
+    rank, team = rank_and_ranks()[0], _Team()
 
     tensors: dict[str, torch.Tensor] = {}
     held: dict[str, Holding] = {}
@@ -166,7 +167,7 @@ class _Team:
         """
         message = None if self.error is None else f"{type(self.error).__name__}: {self.error}"
         everyone: Any = [(message, value)]
-        if _rank_and_world()[1] > 1:
+        if rank_and_ranks()[1] > 1:
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, (message, value))
         failed = [f"rank {rank}: {message}" for rank, (message, _) in enumerate(everyone) if message is not None]
@@ -218,7 +219,7 @@ def _gathered(
     team: _Team,
 ) -> Iterator[tuple[Part, dict[str, torch.Tensor]]]:
     """This rank's parts with their tensors. Takes part in the other ranks' gathers meanwhile."""
-    rank, _ = _rank_and_world()
+    rank, _ = rank_and_ranks()
     # All writers gather at the same time, a tensor of each per step.
     queues = [[(part, name) for part in parts if not part.is_local for name in part.names] for parts in plan.parts]
     whole: dict[str, torch.Tensor] = {}
@@ -248,7 +249,7 @@ def _gather_step(
 
     One piece is sent and one received at a time, so little memory is needed beyond the result.
     """
-    rank, world = _rank_and_world()
+    rank, world = rank_and_ranks()
     wanted, whole = step[rank], None
     if wanted is not None:
         part, name = wanted
@@ -374,11 +375,6 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"save_dtype={given!r} is not a floating-point dtype; use torch.bfloat16 or 'bfloat16'")
     return dtype
-
-
-def _rank_and_world() -> tuple[int, int]:
-    ready = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
 
 
 def _exchange_device() -> torch.device:

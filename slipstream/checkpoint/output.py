@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-INCOMPLETE = ".incomplete"  # below the output folder: what is not whole yet
+INCOMPLETE = ".incomplete"  # what is not whole yet: a folder of this name, or one whose name ends so
 # One of these makes a folder hold a model.
 MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin")
 # Files of an earlier model that a new one replaces, or that would contradict it when it has no such file.

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from slipstream.checkpoint.output import INCOMPLETE
 from slipstream.checkpoint.training_state import (
     Leaf,
     State,
@@ -39,9 +40,10 @@ from slipstream.checkpoint.training_state import (
     set_rng_state,
     training_state,
 )
+from slipstream.parallel.setup import rank_and_ranks
 
 FORMAT = 1
-INFO_FILE, LATEST, INCOMPLETE = "checkpoint.json", "latest", ".incomplete"
+INFO_FILE, LATEST = "checkpoint.json", "latest"
 
 # One process needs no process group.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -63,7 +65,7 @@ class Checkpointer:
 
     def __init__(self, folder: Path, save_total_limit: int | None = None, timeout: timedelta | None = None) -> None:
         self.folder, self.save_total_limit = folder, save_total_limit
-        self.rank, self.ranks = _rank_and_ranks()
+        self.rank, self.ranks = rank_and_ranks()
         # A group of its own: its collectives run in a thread, beside those of training.
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -224,7 +226,7 @@ def load(
     Raises: ValueError, on all ranks, when the checkpoint is damaged or of another model or optimizer. Where its files
         have their sizes, names and shapes, nothing has been changed then.
     """
-    rank, ranks = _rank_and_ranks()
+    rank, ranks = rank_and_ranks()
     record, error = {}, None
     try:
         record = read_info(path)
@@ -275,10 +277,6 @@ def _raise_together(error: str | None) -> None:
     for message in errors:
         if message is not None:
             raise ValueError(message)
-
-
-def _rank_and_ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+
+from slipstream import hf
 
 _aten = torch.ops.aten
 _DRAWS = {_aten.uniform_.default, _aten.normal_.default, _aten.exponential_.default, _aten.bernoulli_.float}
@@ -84,9 +85,8 @@ class _Draw(TorchDispatchMode):
 def _take_notes(generator: torch.Generator) -> Iterator[dict[nn.Module, _Note]]:
     """Collects a note on each module that Transformers initialises, in its order."""
     notes: dict[nn.Module, _Note] = {}
-    original, original_whole = PreTrainedModel._initialize_weights, PreTrainedModel.init_weights
 
-    def noting(self: Any, module: nn.Module, is_custom_code: bool = False) -> None:
+    def note(model: Any, module: nn.Module, initialize: Callable[[], None]) -> None:
         if module in notes:
             return
         state = generator.get_state()
@@ -96,20 +96,12 @@ def _take_notes(generator: torch.Generator) -> Iterator[dict[nn.Module, _Note]]:
             for name, parameter in sub._parameters.items()
             if sub is not module and parameter is not None
         }
-        original(self, module, is_custom_code)
+        initialize()
         below = [(sub, name) for (sub, name), version in versions.items() if sub._parameters[name]._version != version]  # type: ignore[union-attr]
-        notes[module] = _Note(self, module, state, below)
+        notes[module] = _Note(model, module, state, below)
 
-    def also_on_meta(self: Any) -> None:
-        self.initialize_weights()
-        self.tie_weights(recompute_mapping=False)
-
-    cls: Any = PreTrainedModel
-    cls._initialize_weights, cls.init_weights = noting, also_on_meta
-    try:
+    with hf.observing_initialization(note):
         yield notes
-    finally:
-        cls._initialize_weights, cls.init_weights = original, original_whole
 
 
 def _initialize(note: _Note, device: torch.device, compute: torch.device) -> None:
@@ -130,7 +122,7 @@ def _initialize(note: _Note, device: torch.device, compute: torch.device) -> Non
         if tensor is not None:
             module._buffers[name] = torch.empty_like(tensor, device=device)
     if note.owner is not None:
-        note.owner._init_weights(module)
+        hf.initialize_module(note.owner, module)
     for (owner, name), parameter in before.items():
         whole = owner._parameters[name].data  # type: ignore[union-attr]
         mine = _own_shard(whole, parameter, compute) if isinstance(parameter, DTensor) else whole.to(compute)

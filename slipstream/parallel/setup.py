@@ -179,6 +179,14 @@ def join_process_group(setup: DistributedSetup) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
 
 
+def rank_and_ranks() -> tuple[int, int]:
+    """This rank and the number of them; (0, 1) without a process group."""
+    import torch.distributed as dist
+
+    ready = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
+
+
 def _ranks(count: int) -> str:
     return f"{count} rank{'s' * (count > 1)}"
 

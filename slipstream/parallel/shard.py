@@ -51,7 +51,7 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
     for tail in [kept] if len(kept) == 2 else [[module] for module in kept]:
         fully_shard(tail, mesh=mesh, reshard_after_forward=False, **policies)
     fully_shard(model, mesh=mesh, **policies)
-    model._is_fsdp_managed_module = True  # what generate() looks at
+    hf.mark_fsdp_managed(model)
     return model
 
 

@@ -21,8 +21,8 @@ from slipstream.checkpoint.resume import Checkpointer, Resumed, load
 from slipstream.train.data import IGNORE
 from slipstream.train.recipe import Recipe
 
-# What TRL and Transformers set on a model's config for the time of training.
 TRAINER_STATE = "trainer_state.json"
+# What TRL and Transformers set on a model's config for the time of training.
 CHANGED_KEYS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from slipstream import hf
 from slipstream.moe.dispatch.all_gather import AllGatherDispatcher
@@ -46,7 +45,7 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
-class _Exchange(EPImplementation):
+class _Exchange(hf.Exchange):
     """An experts module whose tokens come and go through `dispatcher_class`."""
 
     dispatcher_class: type[Dispatcher]
@@ -92,5 +91,5 @@ class AllGatherExchange(_Exchange):
     dispatcher_class = AllGatherDispatcher
 
 
-EPImplementationInterface.register("slipstream_all_to_all", AllToAllExchange)
-EPImplementationInterface.register("slipstream_all_gather", AllGatherExchange)
+hf.register_exchange("slipstream_all_to_all", AllToAllExchange)
+hf.register_exchange("slipstream_all_gather", AllGatherExchange)
