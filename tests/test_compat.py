@@ -52,7 +52,7 @@ def test_model_keywords_of_the_other_library() -> None:
 
 
 def test_example_on_two_ranks(tmp_path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(EXAMPLE)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--output", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120

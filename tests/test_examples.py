@@ -30,7 +30,7 @@ def test_recipes_are_short_and_valid() -> None:
 def test_expert_parallel_gives_the_same_losses_on_one_process_and_two(tmp_path: Path) -> None:
     curves = []
     for ranks in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if ranks == 2 else []
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if ranks == 2 else []
         command = [
             sys.executable,
             *launcher,
