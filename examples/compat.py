@@ -56,4 +56,5 @@ if options.output:
     model.save_pretrained(options.output)
     if rank == 0:
         print(f"saved {options.output}")
+dist.barrier()
 dist.destroy_process_group()
