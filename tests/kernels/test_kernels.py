@@ -1,34 +1,13 @@
 """Every Triton kernel against its reference: interpreted on a CPU (in a process that sets TRITON_INTERPRET before
 Triton is imported), compiled on a GPU."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 
 from slipstream.kernels import runs_on
 from slipstream.kernels.cross_entropy import Transform, cross_entropy_, cross_entropy_reference_
 from slipstream.kernels.sum_rows import sum_rows, sum_rows_reference
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-compiled_or_interpreted = pytest.mark.skipif(
-    not (INTERPRETED or torch.cuda.is_available()), reason="run by test_kernels_interpreted, or on a GPU"
-)
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run by themselves")
-def test_kernels_interpreted() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-
+from tests.kernels.conditions import DEVICE, compiled_or_interpreted
 
 TRANSFORMS = {
     "plain": Transform(300),
