@@ -7,7 +7,7 @@ help:
 	@echo "make demo    real weights learn from real conversations on a CPU, in minutes"
 	@echo "make test    lint, types and the CPU tests"
 	@echo "make lint    ruff and mypy only"
-	@echo "make bench   time a training step beside plain Transformers (without a GPU: a tiny one)"
+	@echo "make bench   time a training step beside plain Transformers (without a GPU: a tiny one, into runs/bench)"
 	@echo "make clean   remove build and tool caches (.venv and runs stay)"
 
 venv:
@@ -27,7 +27,7 @@ lint: venv
 
 # At full size it takes more memory than a machine without a GPU has.
 bench: venv
-	$(BIN)/python benchmarks/step.py $(if $(shell nvidia-smi -L 2>/dev/null),,--tiny --device cpu)
+	$(BIN)/slipstream bench $(if $(shell nvidia-smi -L 2>/dev/null),,--tiny --device cpu --repeats 1 --output runs/bench)
 
 clean:
 	rm -rf dist build .pytest_cache .ruff_cache .mypy_cache

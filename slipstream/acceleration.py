@@ -1,4 +1,4 @@
-"""The passes over a loaded model, in order: experts, attention, dense layers, loss."""
+"""The passes over a loaded model, in order: experts, attention, loss, activation checkpointing, compiling."""
 
 import warnings
 from collections.abc import Mapping
@@ -8,8 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from slipstream import hf
+from slipstream.attention import interface as attention
 from slipstream.backend import BackendConfig
 from slipstream.checkpoint.export import install_save
+from slipstream.compilation import compile_layers, why_not_compiled
 from slipstream.description import MARK, Acceleration, Choice, acceleration_of, unwrap
 from slipstream.loss import defer_logits, why_not_deferred
 from slipstream.moe import dispatch, experts
@@ -59,14 +61,15 @@ def accelerate(
                 f"distributed_setup spreads a model over {setup.ranks} ranks, but this one lies whole on each: give it "
                 "to slipstream.AutoModelForCausalLM.from_pretrained, which loads the model shard by shard"
             )
-    choices = (
+    choices: tuple[Choice, ...] = (
         _experts(core, backend),
         choose_dispatcher(backend, setup),
         _attention(core, backend),
-        *_dense_layers(),
         _loss(core, backend),
+        Choice("linear", "torch", "cuBLAS runs these GEMMs near the chip's rate"),
     )
     checkpoint_activations(core, setup.activation_checkpointing)
+    choices += _compile(core, backend)
     if hf.is_distributed(core):
         install_save(core)
     setattr(core, MARK, Acceleration(backend, setup, choices))
@@ -94,7 +97,7 @@ def _experts(model: PreTrainedModel, backend: BackendConfig) -> Choice:
             stacklevel=4,
         )
     model.set_experts_implementation(name)
-    flavours = sorted({str(experts.Flavour.of(module)) for module in modules})
+    flavours = sorted({experts.flavour(module) for module in modules})
     return Choice("experts", name, f"{len(modules)} layers; {' and '.join(flavours)}")
 
 
@@ -116,23 +119,40 @@ def choose_dispatcher(backend: BackendConfig, setup: DistributedSetup) -> Choice
 
 
 def _attention(model: PreTrainedModel, backend: BackendConfig) -> Choice:
+    chosen = hf.attention_implementation(model)
+    obstacle = attention.obstacle(model)
+    if backend.attn == attention.NAME and obstacle is not None:
+        raise ValueError(f"BackendConfig(attn={attention.NAME!r}): {obstacle}; use attn='auto'")
+    # Nothing says whether the caller asked for what is the default, so the default may change.
+    default = "sdpa" if hf.supports_sdpa(model) else "eager"
+    if backend.attn == attention.NAME or (
+        backend.attn == "auto" and chosen == default and obstacle is None and attention.has_device()
+    ):
+        attention.install(model)
+        return Choice("attn", attention.NAME, attention.why(model))
     if backend.attn != "auto":
         model.set_attn_implementation(backend.attn)
         return Choice("attn", backend.attn, "asked for")
-    chosen = hf.attention_implementation(model)
     if chosen == "sdpa":
-        return Choice("attn", chosen, "PyTorch picks the kernel: cuDNN first on Hopper, FlashAttention-2 elsewhere")
-    return Choice("attn", chosen, "what the model was loaded with")
+        why = obstacle or "no GPU with FlashAttention-2: as Transformers"
+        return Choice("attn", chosen, f"{why}; PyTorch picks the kernel")
+    return Choice("attn", chosen, obstacle if chosen == default and obstacle else "what the model was loaded with")
 
 
-def _dense_layers() -> tuple[Choice, ...]:
-    why = "no fused version yet"
-    return (
-        Choice("linear", "torch", why),
-        Choice("rms_norm", "transformers", why),
-        Choice("rope", "transformers", why),
-        Choice("compile", "none", "nothing is compiled yet"),
-    )
+def _compile(model: PreTrainedModel, backend: BackendConfig) -> tuple[Choice, ...]:
+    obstacle = "asked for" if backend.compile == "none" else None
+    if backend.compile == "auto":
+        obstacle = why_not_compiled(model)
+    if obstacle is not None:
+        choices = [Choice("compile", "none", obstacle)]
+        inside, why = "transformers", "the decoder layers are not compiled"
+    else:
+        layers = compile_layers(model)
+        if not layers:
+            raise ValueError(f"BackendConfig(compile='layers'): {why_not_compiled(model)}; use compile='auto'")
+        choices = [Choice("compile", "layers", f"{' and '.join(layers)}, on first use; one graph per kind of layer")]
+        inside, why = "compiled", "fused with its neighbours in the layer"
+    return (*choices, *(Choice(operation, inside, why) for operation in ("rms_norm", "rope")))
 
 
 def _loss(model: PreTrainedModel, backend: BackendConfig) -> Choice:

@@ -105,11 +105,14 @@ _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 
 
 def _backend(backend: BackendConfig | Mapping[str, Any] | None, kwargs: dict[str, Any]) -> BackendConfig:
-    """`backend`, giving way to an `experts_implementation` that the caller asked Transformers for."""
+    """`backend`, giving way to an `experts_implementation` or `attn_implementation` that the caller asked for."""
     backend = BackendConfig.of(backend)
-    if kwargs.get("experts_implementation") in (None, "slipstream") or backend.experts != "auto":
-        return backend
-    return replace(backend, experts="transformers")
+    if kwargs.get("experts_implementation") not in (None, "slipstream") and backend.experts == "auto":
+        backend = replace(backend, experts="transformers")
+    # `auto` leaves alone what is not a model's default, so only the defaults have to be named here.
+    if kwargs.get("attn_implementation") in ("sdpa", "eager", "slipstream") and backend.attn == "auto":
+        backend = replace(backend, attn=kwargs["attn_implementation"])
+    return backend
 
 
 def _distributed_config(backend: BackendConfig, setup: DistributedSetup) -> Any:

@@ -11,6 +11,7 @@ CHOICES: dict[str, dict[str, str | None]] = {
     "attn": {
         "auto": None,
         "sdpa": None,
+        "slipstream": None,
         "eager": None,
         "flex_attention": None,
         "flash_attention_2": "flash_attn",
@@ -23,7 +24,7 @@ CHOICES: dict[str, dict[str, str | None]] = {
     "rms_norm": {"auto": None, "transformers": None},
     "rope": {"auto": None, "transformers": None},
     "loss": {"auto": None, "fused": None, "transformers": None},
-    "compile": {"auto": None, "none": None},
+    "compile": {"auto": None, "layers": None, "none": None},
     "gate": {"learned": None, "balanced": None},
 }
 
@@ -33,15 +34,16 @@ class BackendConfig:
     """The implementation of each operation; `"auto"` picks one once, when the model is accelerated.
 
     Attributes:
-        attn: attention, by Transformers' names. `auto` keeps what the model was loaded with: `attn_implementation=`,
-            or else PyTorch's SDPA where the architecture supports it.
+        attn: attention. `slipstream`: PyTorch's SDPA for plain rows, FlashAttention-2 for packed documents, padding and
+            windows, both with sinks. `auto` keeps an `attn_implementation=` and takes `slipstream` otherwise, on a GPU
+            and for the architectures that it fits. The rest are Transformers' names.
         linear: dense projections.
         experts: the experts' MLP; `transformers` keeps `experts_implementation=`, or else Transformers' default.
         dispatcher: how tokens reach experts on other ranks. `local`: there are none; `all_gather`: every token goes
             to every rank; `all_to_all`: a token goes to the ranks that hold its experts.
-        rms_norm, rope: normalisation and rotary embedding.
+        rms_norm, rope: normalisation and rotary embedding; fused by compiling the layer around them.
         loss: `fused` never builds the logits (linear cross-entropy in chunks), `transformers` does.
-        compile: what `torch.compile` covers.
+        compile: what `torch.compile` covers: `layers` is each decoder layer, on its first use; `auto` is that on a GPU.
         gate: `learned` follows the router. `balanced` sends the same number of tokens to every expert whatever the
             router says: for benchmarks only, the model's output is meaningless.
 

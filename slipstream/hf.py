@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -27,13 +27,16 @@ from transformers.core_model_loading import (
 from transformers.distributed import DistributedConfig, mixin
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 ExpertsForward = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 causal_lm_loss = ForCausalLMLoss
+sdpa_attention = sdpa_attention_forward
+sdpa_mask = masking_utils.sdpa_mask
 Exchange = EPImplementation  # what brings an experts module its tokens from other ranks
 
 # What architectures call the number of routed experts.
@@ -70,14 +73,41 @@ def attention_implementation(model: Any) -> str:
     return model.config.get_text_config()._attn_implementation
 
 
-def has_default_gate(experts: Any) -> bool:
-    """Whether the gate of `experts` is `act_fn(gate) * up` on `[gate; up]`, the interface's default."""
-    return type(experts)._apply_gate is _default_apply_gate
+def register_attention(name: str, forward: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Make `forward` selectable as `attn_implementation=name`, and `mask` what makes its masks."""
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, mask)
 
 
-def is_expert_parallel(experts: Any) -> bool:
-    """Whether Transformers' own expert parallelism may hand `experts` the id `num_experts` for 'not on this rank'."""
-    return experts._is_expert_parallel
+def supports_flash_attention(model: Any) -> bool:
+    """Whether the layers of `model` hand on a mask that is no 4D tensor, and state windows and sinks as arguments."""
+    return type(model)._supports_flash_attn and model._can_set_attn_implementation()
+
+
+def supports_sdpa(model: Any) -> bool:
+    """Whether `model` may use PyTorch's SDPA, which it then does by default."""
+    return type(model)._supports_sdpa
+
+
+def within_documents(mask_function: Any, document_BS: torch.Tensor) -> Any:
+    """`mask_function` of Transformers, and both tokens in one document."""
+    return masking_utils.and_masks(mask_function, masking_utils.packed_sequence_mask_function(document_BS))
+
+
+def let_packing_be_known(known: Callable[[int, int], Any]) -> None:
+    """Spare Transformers its look for packed documents, which waits for the device, where `known(B, S)` is not None.
+
+    Such a batch it takes for one without documents: the mask function of our attention has to bring them in.
+    """
+    if hasattr(masking_utils.find_packed_sequence_indices, "original"):
+        return
+    original = masking_utils.find_packed_sequence_indices
+
+    def find_packed_sequence_indices(position_ids: torch.Tensor) -> torch.Tensor | None:
+        return original(position_ids) if known(*position_ids.shape) is None else None
+
+    find_packed_sequence_indices.original = original  # type: ignore[attr-defined]
+    masking_utils.find_packed_sequence_indices = find_packed_sequence_indices
 
 
 def uses_causal_lm_loss(model: PreTrainedModel) -> bool:

@@ -1,9 +1,7 @@
-"""Fused linear cross-entropy on deferred logits: the `[T, V]` logits of a training step never exist.
+"""Deferred logits: how a model comes to `linear_cross_entropy` without its cooperation.
 
 While a model runs with labels, its output head returns `DeferredLogits`, which remember the hidden states and the
 head. The loss consumes them chunk by chunk. Whoever touches `out.logits` gets the ordinary tensor, made on demand.
-The idea of computing gradients chunk by chunk in the forward pass is Liger Kernel's (Hsu et al. 2024,
-arXiv 2410.10989); deferral makes it work without a model's cooperation.
 
 Dims: B batch, S sequence, T = B * S tokens, H hidden, V vocabulary.
 """
@@ -19,17 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from slipstream import hf
-from slipstream.kernels.cross_entropy import Transform, cross_entropy_
+from slipstream.kernels.cross_entropy import Transform
+from slipstream.linear_cross_entropy import linear_cross_entropy, z_loss_sum
 from slipstream.numerics import compute_dtype
-
-# Enough rows for the head's GEMMs to run at full rate, few enough that a chunk's logits stay below the weights in
-# memory: 2048 x 151,936 x 2 B = 0.6 GB.
-CHUNK_TOKENS = 2048
 
 _deferring: ContextVar[bool] = ContextVar("slipstream_deferring_logits", default=False)
 
@@ -143,103 +137,6 @@ def _defer_op(func: Any, logits: DeferredLogits, argument: Any = None, *more: An
     return DeferredLogits(logits.hidden, logits.head, transform, dtype)
 
 
-def linear_cross_entropy(
-    hidden_TH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    labels_T: torch.Tensor,
-    bias_V: torch.Tensor | None = None,
-    transform: Transform | None = None,
-    ignore_index: int = -100,
-) -> torch.Tensor:
-    """Sum of `cross_entropy(transform(hidden @ weight^T + bias), labels)` over the tokens not ignored, in fp32.
-
-    The softmax runs in fp32, the GEMMs in the inputs' dtype (autocast honoured), the weight gradient is accumulated
-    in fp32. Oracle: `linear_cross_entropy_reference`.
-    """
-    dtype = compute_dtype(hidden_TH)
-    if hidden_TH.device.type == "cpu":
-        # Only where looking at the labels does not stall a device: leave out the rows that carry no loss.
-        kept = (labels_T != ignore_index).nonzero().squeeze(1)
-        hidden_TH, labels_T = hidden_TH[kept], labels_T[kept]
-    return _LinearCrossEntropy.apply(
-        hidden_TH.to(dtype),
-        weight_VH.to(dtype),
-        None if bias_V is None else bias_V.to(dtype),
-        labels_T,
-        transform or Transform(weight_VH.shape[0]),
-        ignore_index,
-        torch.is_grad_enabled(),
-    )
-
-
-def linear_cross_entropy_reference(
-    hidden_TH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    labels_T: torch.Tensor,
-    bias_V: torch.Tensor | None = None,
-    transform: Transform | None = None,
-    ignore_index: int = -100,
-) -> torch.Tensor:
-    """What `linear_cross_entropy` computes, with the logits whole."""
-    transform = transform or Transform(weight_VH.shape[0])
-    logits_TV = transform.apply(F.linear(hidden_TH, weight_VH, bias_V).float())
-    return F.cross_entropy(logits_TV, labels_T, ignore_index=ignore_index, reduction="sum")
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients in one pass over the chunks; backward only scales."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TH: torch.Tensor,
-        weight_VH: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        labels_T: torch.Tensor,
-        transform: Transform,
-        ignore_index: int,
-        grad_enabled: bool,
-    ) -> torch.Tensor:
-        need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
-        grad_hidden = torch.empty_like(hidden_TH) if need_hidden else None
-        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and need_bias else None
-        with torch.autocast(hidden_TH.device.type, enabled=False):
-            for start in range(0, hidden_TH.shape[0], CHUNK_TOKENS):
-                rows = slice(start, start + CHUNK_TOKENS)
-                hidden_CH = hidden_TH[rows]
-                grad_CV = F.linear(hidden_CH, weight_VH, bias_V)  # the logits, until the next line
-                loss += cross_entropy_(grad_CV, labels_T[rows], transform, ignore_index).sum()
-                if grad_hidden is not None:
-                    torch.mm(grad_CV, weight_VH, out=grad_hidden[rows])
-                if grad_weight is not None:
-                    _add_mm(grad_weight, grad_CV.t(), hidden_CH)
-                if grad_bias is not None:
-                    grad_bias += grad_CV.sum(0, dtype=torch.float32)
-        # Stored in the parameters' own dtype: the fp32 accumulators would stay until backward.
-        ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight_VH.dtype),
-            None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
-        )
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = [None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors]
-        return (*scaled, None, None, None, None)
-
-
-def _add_mm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`total += a @ b`; in one GEMM where `total` is fp32 and the factors are not."""
-    if total.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
-
-
 def deferred_causal_lm_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -247,6 +144,7 @@ def deferred_causal_lm_loss(
     num_items_in_batch: Any = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
+    z_loss: float = 0.0,
     **kwargs: Any,
 ) -> torch.Tensor:
     """`ForCausalLMLoss` of Transformers, same arguments and value, without its logits where they are deferred.
@@ -256,20 +154,31 @@ def deferred_causal_lm_loss(
         labels: `[B, S]`, shifted here unless `shift_labels` `[B, S]` is given.
         num_items_in_batch: an int or scalar tensor; what to divide the sum by, instead of the number of labels
             (gradient accumulation).
+        z_loss: coefficient of `logsumexp(logits)^2`, ours; `linear_cross_entropy` explains it.
     """
     if not isinstance(logits, DeferredLogits):
-        return hf.causal_lm_loss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        loss = hf.causal_lm_loss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        if not z_loss:
+            return loss
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     labels_T = shift_labels.reshape(-1).to(logits.device)
-    hidden_TH = logits.hidden.reshape(-1, logits.hidden.shape[-1])
-    head = logits.head
-    total = linear_cross_entropy(hidden_TH, head.weight, labels_T, head.bias, logits.transform, ignore_index)
-    if num_items_in_batch is None:
-        return total / (labels_T != ignore_index).sum()
-    if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    scale = _one_over(num_items_in_batch, labels_T, ignore_index)
+    if not isinstance(logits, DeferredLogits):
+        return loss + z_loss_sum(logits.float().reshape(-1, vocab_size), labels_T, ignore_index, z_loss) * scale
+    hidden_TH, head = logits.hidden.reshape(-1, logits.hidden.shape[-1]), logits.head
+    return linear_cross_entropy(
+        hidden_TH, head.weight, labels_T, head.bias, logits.transform, ignore_index, scale, z_loss
+    )
+
+
+def _one_over(num_items: Any, labels_T: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """One over `num_items`, or over the number of labels, on the labels' device; the host does not wait for it."""
+    if num_items is None:
+        num_items = (labels_T != ignore_index).sum()
+    elif not isinstance(num_items, torch.Tensor) or num_items.device.type == "cpu":
+        num_items = torch.full((), float(num_items), dtype=torch.float32, device=labels_T.device)
+    return num_items.to(labels_T.device, torch.float32).reciprocal()
 
 
 def why_not_deferred(model: PreTrainedModel) -> str | None:
@@ -307,14 +216,22 @@ _head.__name__ = "forward"
 
 @functools.cache
 def _with_signature_of(original: Any) -> Any:
-    """`original`, deferring the logits where labels are given; Trainer and generate read its signature."""
-    position = list(inspect.signature(original).parameters).index("labels")
+    """`original`, deferring the logits where labels are given; Trainer and generate read its signature.
+
+    With labels no cache of keys and values is made, unless it is asked for: nothing generates from a training step.
+    """
+    names = list(inspect.signature(original).parameters)
+    position = names.index("labels")
+    takes_cache = "use_cache" in names
+    cache_position = names.index("use_cache") if takes_cache else 0
 
     @functools.wraps(original)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         labels = args[position - 1] if len(args) >= position else kwargs.get("labels")
         if labels is None or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
+        if len(args) < cache_position and takes_cache:
+            kwargs.setdefault("use_cache", False)
         with _defer():
             return original(self, *args, **kwargs)
 

@@ -106,7 +106,7 @@ def test_accelerate_refuses_what_is_no_model() -> None:
 def test_describe() -> None:
     model = AutoModelForCausalLM.from_config(tiny_config("gpt_oss"))
     report = slipstream.describe(model)
-    assert "interleaved gate and up, transposed, biases, own gate function" in report["experts"].why
+    assert "interleaved gate and up, transposed, biases, silu clamped at 7" in report["experts"].why
     assert report["attn"].chosen == "eager"
     assert "GptOssForCausalLM" in str(report)
     assert "[gate; up]" in str(slipstream.describe(AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"))))

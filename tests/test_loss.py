@@ -1,4 +1,4 @@
-"""The fused loss against the whole logits, and deferred logits against ordinary ones."""
+"""Deferred logits against ordinary ones, and the loss on them against Transformers'."""
 
 import copy
 import pickle
@@ -9,47 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import slipstream
-from slipstream import loss as loss_module
-from slipstream.kernels.cross_entropy import Transform
-from slipstream.loss import DeferredLogits, linear_cross_entropy, linear_cross_entropy_reference
+from slipstream.loss import DeferredLogits
 from tests.tiny_models import tiny_batch, tiny_model
-
-TRANSFORMS = {
-    "plain": None,
-    "scaled": Transform(48, inner=0.3),
-    "soft-capped": Transform(48, inner=0.2, tanh=True, outer=5.0),
-    "sliced vocabulary": Transform(40),
-}
-
-
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-@pytest.mark.parametrize("tokens", [0, 1, 50, 64])
-def test_linear_cross_entropy(tokens, transform, bias, monkeypatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 16)
-    labels = torch.randint(0, 40, (tokens,))
-    labels[::3] = -100
-    inputs = [torch.randn(tokens, 24), torch.randn(48, 24)] + ([torch.randn(48)] if bias else [])
-    results = []
-    for function, dtype in ((linear_cross_entropy, torch.float32), (linear_cross_entropy_reference, torch.float64)):
-        hidden, weight, *rest = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
-        total = function(hidden, weight, labels, *(rest or [None]), transform=transform)
-        (total * 0.7).backward()
-        results.append([total.detach(), *(tensor.grad for tensor in (hidden, weight, *rest))])
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-5)
-
-
-def test_frozen_head_gets_no_gradient() -> None:
-    hidden, weight = torch.randn(8, 24, requires_grad=True), torch.randn(48, 24)
-    linear_cross_entropy(hidden, weight, torch.randint(0, 48, (8,))).backward()
-    assert hidden.grad is not None
-
-
-def test_no_gradient_work_without_grad() -> None:
-    hidden, weight = torch.randn(8, 24, requires_grad=True), torch.randn(48, 24, requires_grad=True)
-    with torch.no_grad():
-        assert not linear_cross_entropy(hidden, weight, torch.randint(0, 48, (8,))).requires_grad
 
 
 @pytest.fixture
@@ -122,6 +83,63 @@ def test_loss_arguments_of_transformers(pair, items, shifted) -> None:
     extra = {"shift_labels": F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()} if shifted else {}
     losses = [model(input_ids=ids, labels=labels, num_items_in_batch=items, **extra).loss for model in pair]
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("items", [None, 7], ids=["mean", "items"])
+@pytest.mark.parametrize("shifted", [False, True], ids=["labels", "shift_labels"])
+@pytest.mark.parametrize("materialized", [False, True], ids=["deferred", "ordinary"])
+def test_z_loss(pair, items, shifted, materialized) -> None:
+    plain, ours = pair
+    ids = tiny_batch()
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+    next_labels = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+    out = plain(input_ids=ids, labels=labels, num_items_in_batch=items)
+    squares = out.logits.logsumexp(-1).square()[next_labels != -100]
+    expected = out.loss + 0.01 * (squares.mean() if items is None else squares.sum() / items)
+    extra = {"shift_labels": next_labels} if shifted else {}
+    if materialized:
+        logits = ours(input_ids=ids).logits
+        loss = ours.loss_function(logits, labels, 256, num_items_in_batch=items, z_loss=0.01, **extra)
+    else:
+        loss = ours(input_ids=ids, labels=labels, num_items_in_batch=items, z_loss=0.01, **extra).loss
+    torch.testing.assert_close(loss, expected)
+    expected.backward()
+    loss.backward()
+    for got, wanted in zip(ours.parameters(), plain.parameters(), strict=True):
+        if wanted.grad is not None:
+            torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("items", [None, 7], ids=["mean", "items"])
+def test_only_labels_ignored(pair, items) -> None:
+    ids = tiny_batch()
+    losses, grads = [], []
+    for model in pair:
+        loss = model(input_ids=ids, labels=torch.full_like(ids, -100), num_items_in_batch=items).loss
+        loss.backward()
+        losses.append(loss)
+        grads.append(model.lm_head.weight.grad)
+    torch.testing.assert_close(*losses, equal_nan=True)
+    torch.testing.assert_close(*grads)
+    assert losses[0].isnan() == (items is None)
+
+
+def test_all_at_once() -> None:
+    """Soft-capped logits, ignored labels, accumulated steps, a z-loss and a backward that is scaled."""
+    plain = tiny_model("gemma2", None, final_logit_softcapping=3.0)
+    ours = slipstream.accelerate(copy.deepcopy(plain))
+    ids = tiny_batch()
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+    out = plain(input_ids=ids, labels=labels, num_items_in_batch=50)
+    squares = out.logits.logsumexp(-1).square()[:, :-1][labels[:, 1:] != -100]
+    expected = out.loss + 0.01 * squares.sum() / 50
+    result = ours(input_ids=ids, labels=labels, num_items_in_batch=50, z_loss=0.01)
+    assert isinstance(result.logits, DeferredLogits)
+    torch.testing.assert_close(result.loss, expected)
+    (expected * 0.3).backward()
+    (result.loss * 0.3).backward()
+    for got, wanted in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_positional_labels_count_as_labels(pair) -> None:

@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from slipstream.cli.bench import bench
 from slipstream.cli.doctor import doctor
 from slipstream.cli.finetune import finetune
 from slipstream.cli.upcycle import upcycle
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(finetune)
 app.command()(upcycle)
+app.add_typer(bench, name="bench")
 app.command()(doctor)
 
 

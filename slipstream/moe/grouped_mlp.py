@@ -1,197 +1,265 @@
 """The experts' MLP as grouped GEMMs: gather rows, up, activation, down, weighted sum per token.
 
-Saves only the input and the pre-activation for backward, after SonicMoE (Guo et al. 2025, arXiv 2512.14080): the
-activation is recomputed, and the routing weights' gradient comes from the down projection's input gradient, so that
-neither the gathered rows nor the down projection's output are kept.
+One operator, opaque to torch.compile, so that a decoder layer compiles around it; no host synchronisation and the same
+launches whatever the routing. Saves only the input and the pre-activation for backward, after SonicMoE (Guo et al.
+2025, arXiv 2512.14080): the activation is recomputed, and the routing weights' gradient comes from the down
+projection's input gradient, so that neither the gathered rows nor the down projection's output are kept.
 
 Dims: T tokens, H hidden, K experts per token, E experts, R = T * K rows sorted by expert, I intermediate,
 N = I, or 2I where gate and up are fused. Weights are `[E, in, out]` views, whatever their layout in memory.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
+from slipstream.kernels.expert_activation import (
+    Activation,
+    Gradients,
+    activation_backward,
+    activation_backward_reference,
+    activation_forward,
+)
+from slipstream.kernels.gather_rows import gather_rows
 from slipstream.kernels.sum_rows import sum_rows, sum_rows_reference
-from slipstream.moe.routing import Routing
+from slipstream.moe.activation import Function, function_named
+from slipstream.moe.grouped_mm import bias_grad, grouped_mm, weight_grad
+from slipstream.moe.routing import Routing, sort_by_expert
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+_INPUTS = (
+    "(Tensor x_TH, Tensor weights_TK, Tensor idx_TK, Tensor up_EHN, Tensor down_EIH, "
+    "Tensor? up_bias_EN, Tensor? down_bias_EH, str activation"
+)
 
 
 def grouped_mlp(
-    x_TH: torch.Tensor,
-    weights_TK: torch.Tensor,
-    routing: Routing,
-    up_EHN: torch.Tensor,
-    down_EIH: torch.Tensor,
-    activation: Activation,
-    up_bias_EN: torch.Tensor | None = None,
-    down_bias_EH: torch.Tensor | None = None,
-    unowned_rows: bool = False,
-) -> torch.Tensor:
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    idx_TK: Tensor,
+    up_EHN: Tensor,
+    down_EIH: Tensor,
+    activation: str,
+    up_bias_EN: Tensor | None = None,
+    down_bias_EH: Tensor | None = None,
+    num_rows: int | None = None,
+) -> Tensor:
     """Weighted sum of each token's experts, `[T, H]` in the dtype of `x_TH`. Oracle: `reference.experts_reference`.
 
-    `activation` maps `[R, N] -> [R, I]` row by row and has no trainable parameters. The GEMMs run in the weights'
-    dtype, sums over experts in fp32. `unowned_rows` says that some rows may lie behind `routing.ends_E[-1]`; they
-    contribute nothing.
+    `activation` is a name for `activation.function_named`: `[R, N] -> [R, I]` row by row, without trainable parameters.
+    The GEMMs run in the weights' dtype, sums over experts in fp32. An id >= E adds nothing; `num_rows` is how many are
+    below E, where the host knows it.
     """
-    return _GroupedMLP.apply(
-        x_TH, weights_TK, up_EHN, down_EIH, up_bias_EN, down_bias_EH, routing, activation, unowned_rows
-    )
+    return torch.ops.slipstream.experts(
+        x_TH, weights_TK, idx_TK, up_EHN, down_EIH, up_bias_EN, down_bias_EH, activation, num_rows
+    )[0]
 
 
-class _GroupedMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TH: torch.Tensor,
-        weights_TK: torch.Tensor,
-        up_EHN: torch.Tensor,
-        down_EIH: torch.Tensor,
-        up_bias_EN: torch.Tensor | None,
-        down_bias_EH: torch.Tensor | None,
-        routing: Routing,
-        activation: Activation,
-        unowned_rows: bool,
-    ) -> torch.Tensor:
-        rows_RH = x_TH[routing.token_R].to(up_EHN.dtype)
-        hidden_RN = _grouped_linear(rows_RH, up_EHN, up_bias_EN, routing)
-        y_RH = _grouped_linear(activation(hidden_RN), down_EIH, down_bias_EH, routing)
-        if unowned_rows:
-            y_RH = zero_unowned(y_RH, routing)
-        ctx.save_for_backward(x_TH, weights_TK, hidden_RN, up_EHN, down_EIH, down_bias_EH, *routing)
-        ctx.activation, ctx.unowned_rows = activation, unowned_rows
-        return sum_rows(y_RH, routing.row_TK, weights_TK, x_TH.dtype)
+@torch.library.custom_op(
+    "slipstream::experts",
+    mutates_args=(),
+    schema=f"{_INPUTS}, SymInt? num_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _experts(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    idx_TK: Tensor,
+    up_EHN: Tensor,
+    down_EIH: Tensor,
+    up_bias_EN: Tensor | None,
+    down_bias_EH: Tensor | None,
+    activation: str,
+    num_rows: int | None,
+) -> tuple[Tensor, ...]:
+    """The output, and for backward: the pre-activation without its bias, and the routing."""
+    routing = sort_by_expert(idx_TK, up_EHN.shape[0], num_rows)
+    rows_RH = gather_rows(x_TH, routing.slot_R, idx_TK.shape[1], routing.ends_E, up_EHN.dtype)
+    hidden_RN = grouped_mm(rows_RH, up_EHN, routing.ends_E)
+    del rows_RH
+    act_RI = _activate(function_named(activation), hidden_RN, up_bias_EN, routing)
+    y_RH = grouped_mm(act_RI, down_EIH, routing.ends_E)
+    out_TH = sum_rows(y_RH, routing.row_TK, weights_TK, x_TH.dtype, down_bias_EH, idx_TK)
+    return out_TH, hidden_RN, *routing
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TH, weights_TK, hidden_RN, up_EHN, down_EIH, down_bias_EH, *rest = ctx.saved_tensors
-        routing = Routing(*rest)
-        need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias, *_ = ctx.needs_input_grad
-        grad_x = grad_weights = grad_up = grad_down = grad_up_bias = grad_down_bias = None
 
-        weight_R1 = weights_TK.flatten()[routing.slot_R, None]
-        grad_RH = grad_TH[routing.token_R].to(down_EIH.dtype)
-        # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
-        grad_act_RI = grouped_mm(grad_RH, down_EIH.transpose(1, 2), routing.ends_E)
-        if ctx.unowned_rows:
-            grad_act_RI = zero_unowned(grad_act_RI, routing)
-            hidden_RN = zero_unowned(hidden_RN, routing)
-        with torch.enable_grad():
-            hidden_RN = hidden_RN.detach().requires_grad_()
-            act_RI = ctx.activation(hidden_RN)
+@_experts.register_fake
+def _(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    idx_TK: Tensor,
+    up_EHN: Tensor,
+    down_EIH: Tensor,
+    up_bias_EN: Tensor | None,
+    down_bias_EH: Tensor | None,
+    activation: str,
+    num_rows: int | None,
+) -> tuple[Tensor, ...]:
+    rows = idx_TK.numel() if num_rows is None else num_rows
 
-        if need_weights:
-            grad_weight_R = torch.linalg.vecdot(grad_act_RI.float(), act_RI.detach().float())
-            if down_bias_EH is not None:
-                bias_RH = _rows_of(down_bias_EH, routing)
-                if ctx.unowned_rows:
-                    bias_RH = zero_unowned(bias_RH, routing)
-                grad_weight_R = grad_weight_R + torch.linalg.vecdot(grad_RH.float(), bias_RH.float())
-            # One 0 more, for the slots whose row was left out.
-            row_TK = routing.row_TK.clamp(max=grad_weight_R.shape[0])
-            grad_weights = F.pad(grad_weight_R, (0, 1))[row_TK].to(weights_TK.dtype)
-        if need_down:
-            weighted_RI = (act_RI.detach() * weight_R1).to(down_EIH.dtype)
-            grad_down = _weight_grad(weighted_RI, grad_RH, routing, down_EIH)
-        if need_down_bias:
-            grad_down_bias = _bias_grad((grad_RH * weight_R1).to(down_EIH.dtype), routing)
-        if need_x or need_up or need_up_bias:
-            (grad_hidden_RN,) = torch.autograd.grad(act_RI, hidden_RN, (grad_act_RI * weight_R1).to(act_RI.dtype))
-            del act_RI, grad_act_RI, grad_RH
-            if need_up:
-                grad_up = _weight_grad(x_TH[routing.token_R].to(up_EHN.dtype), grad_hidden_RN, routing, up_EHN)
-            if need_up_bias:
-                grad_up_bias = _bias_grad(grad_hidden_RN, routing)
-            if need_x:
-                grad_rows_RH = grouped_mm(grad_hidden_RN, up_EHN.transpose(1, 2), routing.ends_E)
-                if ctx.unowned_rows:
-                    grad_rows_RH = zero_unowned(grad_rows_RH, routing)
-                grad_x = sum_rows(grad_rows_RH, routing.row_TK, None, x_TH.dtype)
-        return grad_x, grad_weights, grad_up, grad_down, grad_up_bias, grad_down_bias, None, None, None
+    def int32(*size: Any) -> Tensor:
+        return idx_TK.new_empty(size, dtype=torch.int32)
+
+    routing = Routing(int32(rows), int32(*idx_TK.shape), int32(up_EHN.shape[0]), int32(rows))
+    return x_TH.new_empty(x_TH.shape), up_EHN.new_empty(rows, up_EHN.shape[2]), *routing
+
+
+@torch.library.custom_op(
+    "slipstream::experts_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_TH, {_INPUTS[1:]}, Tensor hidden_RN, Tensor[] routing, bool[] needs) -> Tensor[]",
+)
+def _experts_backward(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    idx_TK: Tensor,
+    up_EHN: Tensor,
+    down_EIH: Tensor,
+    up_bias_EN: Tensor | None,
+    down_bias_EH: Tensor | None,
+    activation: str,
+    hidden_RN: Tensor,
+    routing: list[Tensor],
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, weights, up, down, up bias and down bias: those that `needs` asks for, in this order."""
+    need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
+    route, top_k = Routing(*routing), idx_TK.shape[1]
+    grads: dict[int, Tensor] = {}
+
+    grad_RH = gather_rows(grad_TH, route.slot_R, top_k, route.ends_E, down_EIH.dtype)
+    # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
+    grad_act_RI = grouped_mm(grad_RH, down_EIH.transpose(1, 2), route.ends_E)
+    through = _activation_gradients(function_named(activation), hidden_RN, up_bias_EN, route, grad_act_RI, weights_TK)
+    del grad_act_RI
+    if need_weights:
+        grads[1] = through.weights_TK
+        if down_bias_EH is not None:
+            grads[1] = grads[1] + _bias_products(grad_TH, down_bias_EH, idx_TK).to(grads[1].dtype)
+    if need_down:
+        grads[3] = weight_grad(through.weighted_RI, grad_RH, route.ends_E, down_EIH)
+    del grad_RH
+    if need_down_bias:
+        grads[5] = _weights_by_expert(weights_TK, idx_TK, down_EIH).t() @ grad_TH.to(down_EIH.dtype)
+    if need_up_bias:
+        grads[4] = bias_grad(through.hidden_RN, route.ends_E)
+    if need_x:
+        grad_rows_RH = grouped_mm(through.hidden_RN, up_EHN.transpose(1, 2), route.ends_E)
+        grads[0] = sum_rows(grad_rows_RH, route.row_TK, None, x_TH.dtype)
+        del grad_rows_RH
+    if need_up:
+        rows_RH = gather_rows(x_TH, route.slot_R, top_k, route.ends_E, up_EHN.dtype)
+        grads[2] = weight_grad(rows_RH, through.hidden_RN, route.ends_E, up_EHN)
+    return [grads[position] for position in sorted(grads)]
+
+
+@_experts_backward.register_fake
+def _(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    idx_TK: Tensor,
+    up_EHN: Tensor,
+    down_EIH: Tensor,
+    up_bias_EN: Tensor | None,
+    down_bias_EH: Tensor | None,
+    activation: str,
+    hidden_RN: Tensor,
+    routing: list[Tensor],
+    needs: list[bool],
+) -> list[Tensor]:
+    inputs = (x_TH, weights_TK, up_EHN, down_EIH, up_bias_EN, down_bias_EH)
+    return [
+        torch.empty_like(tensor) if tensor.dim() == 3 else tensor.new_empty(tensor.shape)
+        for tensor, need in zip(inputs, needs, strict=True)
+        if need and tensor is not None
+    ]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.activation, _ = inputs
+    _, hidden_RN, *routing = output
+    ctx.mark_non_differentiable(hidden_RN, *routing)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, hidden_RN, *routing)
+
+
+def _backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weights, idx, up, down, up_bias, down_bias, hidden_RN, *routing = ctx.saved_tensors
+    positions = (0, 1, 3, 4, 5, 6)
+    needs = [ctx.needs_input_grad[position] for position in positions]
+    result: list[Tensor | None] = [None] * 9
+    if grad_TH is not None and any(needs):
+        tensors = (x, weights, idx, up, down, up_bias, down_bias)
+        grads = iter(
+            torch.ops.slipstream.experts_backward(grad_TH, *tensors, ctx.activation, hidden_RN, routing, needs)
+        )
+        for position, need in zip(positions, needs, strict=True):
+            result[position] = next(grads) if need else None
+    return tuple(result)
+
+
+_experts.register_autograd(_backward, setup_context=_save)
+
+
+def _activate(function: Function, hidden_RN: Tensor, bias_EN: Tensor | None, routing: Routing) -> Tensor:
+    if isinstance(function, Activation):
+        return activation_forward(hidden_RN, bias_EN, routing.expert_R, routing.ends_E, function)
+    return function(hidden_RN if bias_EN is None else hidden_RN + bias_EN[routing.expert_R])
+
+
+def _activation_gradients(
+    function: Function, hidden_RN: Tensor, bias_EN: Tensor | None, routing: Routing, grad_act: Tensor, weights: Tensor
+) -> Gradients:
+    slot_R, _, ends_E, expert_R = routing
+    if isinstance(function, Activation):
+        return activation_backward(hidden_RN, bias_EN, expert_R, ends_E, grad_act, slot_R, weights, function)
+    return activation_backward_reference(hidden_RN, bias_EN, expert_R, ends_E, grad_act, slot_R, weights, function)
+
+
+def _bias_products(grad_TH: Tensor, down_bias_EH: Tensor, idx_TK: Tensor) -> Tensor:
+    """`<grad[t], bias[idx[t, k]]>`, `[T, K]`: what a down projection's bias adds to the routing weights' gradient."""
+    products_TE = grad_TH.to(down_bias_EH.dtype) @ down_bias_EH.t()
+    elsewhere_TK = idx_TK >= down_bias_EH.shape[0]
+    return products_TE.gather(1, idx_TK.masked_fill(elsewhere_TK, 0)).masked_fill(elsewhere_TK, 0)
+
+
+def _weights_by_expert(weights_TK: Tensor, idx_TK: Tensor, down_EIH: Tensor) -> Tensor:
+    """The routing weights as a matrix `[T, E]`; one column more takes those of other ranks' experts."""
+    experts = down_EIH.shape[0]
+    weights_TE = down_EIH.new_zeros(idx_TK.shape[0], experts + 1)
+    return weights_TE.scatter_add_(1, idx_TK.clamp(max=experts), weights_TK.to(down_EIH.dtype))[:, :experts]
 
 
 def grouped_mlp_autograd(
-    x_TH: torch.Tensor,
-    weights_TK: torch.Tensor,
-    routing: Routing,
-    up_EHN: torch.Tensor,
-    down_EIH: torch.Tensor,
-    activation: Activation,
-    up_bias_EN: torch.Tensor | None = None,
-    down_bias_EH: torch.Tensor | None = None,
-    unowned_rows: bool = False,
-    post_norm: Activation | None = None,
-) -> torch.Tensor:
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    idx_TK: Tensor,
+    up_EHN: Tensor,
+    down_EIH: Tensor,
+    activation: Function,
+    up_bias_EN: Tensor | None = None,
+    down_bias_EH: Tensor | None = None,
+    num_rows: int | None = None,
+    post_norm: Function | None = None,
+) -> Tensor:
     """What `grouped_mlp` computes, left to autograd: for activations and post-expert norms with trainable parameters.
 
     Keeps every intermediate for backward.
     """
-    # Zeroed rows on the way in have zeroed gradients on the way back, where grouped_mm leaves memory as it was.
-    clean = (lambda rows: zero_unowned(rows, routing)) if unowned_rows else (lambda rows: rows)
+    routing = sort_by_expert(idx_TK, up_EHN.shape[0], num_rows)
+    unowned_R1 = (torch.arange(routing.slot_R.shape[0], device=x_TH.device) >= routing.ends_E[-1])[:, None]
+
+    def clean(rows: Tensor) -> Tensor:
+        # Zeroed rows on the way in have zeroed gradients on the way back, where grouped_mm leaves memory as it was.
+        return rows.masked_fill(unowned_R1, 0) if num_rows is None else rows
+
+    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = clean(grouped_mm(rows, weight, routing.ends_E))
+        return out if bias is None else out + bias[routing.expert_R]
+
     rows_RH = clean(x_TH[routing.token_R].to(up_EHN.dtype))
-    hidden_RN = clean(_grouped_linear(rows_RH, up_EHN, up_bias_EN, routing))
-    y_RH = clean(_grouped_linear(clean(activation(hidden_RN)), down_EIH, down_bias_EH, routing))
+    y_RH = linear(clean(activation(linear(rows_RH, up_EHN, up_bias_EN))), down_EIH, down_bias_EH)
     if post_norm is not None:
         y_RH = post_norm(y_RH)
     return sum_rows_reference(y_RH, routing.row_TK, weights_TK, x_TH.dtype)
-
-
-def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """One GEMM per expert over row groups: `[R, A] x [E, A, B] -> [R, B]`, or `[A, R] x [R, B] -> [E, A, B]`.
-
-    torch's kernel wants every leading stride to be a multiple of 16 bytes; other widths take a loop that reads
-    `ends_E` back to the host. Rows behind ends_E[-1] come out undefined.
-    """
-    if all(_is_aligned(tensor) for tensor in (a, b)):
-        return F.grouped_mm(a, b, offs=ends_E)
-    ends = ends_E.tolist()
-    spans = list(zip([0, *ends], ends, strict=False))
-    if b.dim() == 2:
-        return torch.stack([a[:, start:end] @ b[start:end] for start, end in spans])
-    out = a.new_zeros(a.shape[0], b.shape[-1])
-    for expert, (start, end) in enumerate(spans):
-        out[start:end] = a[start:end] @ b[expert]
-    return out
-
-
-def zero_unowned(rows: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """`rows [R, …]` with those that belong to no expert here set to zero (out of place, differentiable)."""
-    unowned_R = routing.expert_R >= routing.ends_E.shape[0]
-    return rows.masked_fill(unowned_R.view(-1, *[1] * (rows.dim() - 1)), 0)
-
-
-def _is_aligned(tensor: torch.Tensor) -> bool:
-    leading = [stride for stride in tensor.stride() if stride != 1]
-    return all(stride * tensor.element_size() % 16 == 0 for stride in leading) and tensor.data_ptr() % 16 == 0
-
-
-def _rows_of(bias_EN: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """The bias of each row's expert, `[R, N]`; rows of no expert get the last one's."""
-    return bias_EN[routing.expert_R.clamp(max=bias_EN.shape[0] - 1)]
-
-
-def _grouped_linear(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, routing: Routing
-) -> torch.Tensor:
-    out = grouped_mm(rows, weight, routing.ends_E)
-    return out if bias is None else out + _rows_of(bias, routing)
-
-
-def _weight_grad(inputs: torch.Tensor, grads: torch.Tensor, routing: Routing, weight: torch.Tensor) -> torch.Tensor:
-    """`inputs^T @ grads` per expert, `[E, in, out]`, computed in the memory order of `weight` so that the gradient
-    needs no copy where it meets the parameter."""
-    inputs, grads = inputs.contiguous(), grads.contiguous()
-    if weight.stride(-1) == 1:
-        return grouped_mm(inputs.t(), grads, routing.ends_E)
-    return grouped_mm(grads.t(), inputs, routing.ends_E).transpose(1, 2)
-
-
-def _bias_grad(grads: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Sum of each expert's rows, `[E, N]`, as a grouped GEMM with ones: deterministic, accumulated in fp32."""
-    ones = grads.new_ones(grads.shape[0], 8)  # 8 columns: the fewest that are 16 bytes in bf16
-    return grouped_mm(ones.t(), grads.contiguous(), routing.ends_E)[:, 0]

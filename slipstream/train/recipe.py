@@ -1,6 +1,7 @@
 """The recipe of a fine-tuning run: its schema. `recipe_file` reads one from YAML and says what is wrong with it.
 
-Names under `train` are those of Transformers' `TrainingArguments`, names under `lora` those of `peft.LoraConfig`.
+Names under `train` are those of Transformers' `TrainingArguments` (`z_loss` is ours), names under `lora` those of
+`peft.LoraConfig`.
 This module imports neither torch nor transformers, so a recipe is checked in milliseconds.
 """
 
@@ -93,7 +94,11 @@ class TrainSection(Section):
     warmup_steps: float = Field(0.03, ge=0, description="Steps; below 1, a fraction of all steps.")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
-    optim: str = "adamw_torch_fused"
+    optim: str = Field(
+        "adamw_torch_fused",
+        description="Transformers' names, or `slipstream_adamw` (stochastic rounding) or `slipstream_adamw_master` "
+        "(exact fp32 weights).",
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
@@ -103,6 +108,7 @@ class TrainSection(Section):
     router_aux_loss_coef: float | None = Field(
         None, ge=0, description="Load-balancing loss of an MoE; default: what the model's config says."
     )
+    z_loss: float = Field(0.0, ge=0, description="Coefficient of logsumexp(logits)², which keeps them small; try 1e-4.")
     logging_steps: int = Field(1, gt=0)
     eval_steps: int | None = Field(None, gt=0, description="Default: held-out loss only before and after training.")
     dataloader_num_workers: int = Field(0, ge=0)

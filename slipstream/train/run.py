@@ -35,7 +35,7 @@ from slipstream.train.resume import (
     restart_note,
     rows_per_step,
 )
-from slipstream.train.trainer import SlipstreamTrainer, training_arguments
+from slipstream.train.trainer import SlipstreamTrainer, own_optimizer, training_arguments
 
 RECIPE_FILE, METRICS_FILE = "recipe.resolved.yaml", "metrics.jsonl"
 
@@ -113,6 +113,8 @@ def run(
         callbacks=[progress, stop],
         peft_config=prepared.lora,
         checkpointer=checkpointer,
+        optimizer_cls_and_kwargs=own_optimizer(prepared.recipe),
+        z_loss=prepared.recipe.train.z_loss,
     )
     trainer.run_info = {
         "identity": identity(prepared.recipe, prepared.data.counts),

@@ -18,10 +18,14 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from slipstream import hf
 from slipstream.checkpoint.resume import Checkpointer, Resumed, load
+from slipstream.loss import deferred_causal_lm_loss
+from slipstream.optim import AdamW
 from slipstream.train.data import IGNORE
 from slipstream.train.recipe import Recipe
 
 TRAINER_STATE = "trainer_state.json"
+# Our optimizers' names in a recipe, and how they round.
+ROUNDINGS = {"slipstream_adamw": "stochastic", "slipstream_adamw_master": "master"}
 # What TRL and Transformers set on a model's config for the time of training.
 CHANGED_KEYS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
@@ -31,7 +35,7 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
 
     TRL 1.16 puts a head of its own on the model (log-probabilities, entropy, accuracy), which would bypass the loss of
     an accelerated one. Held-out loss is the mean cross-entropy over all trained tokens, whatever the batch size, and
-    has no load-balancing term. The config that is saved is the one that was loaded.
+    has neither load-balancing term nor z-loss. The config that is saved is the one that was loaded.
 
     A callback that sets `control.should_save` has `checkpointer` save, also what was sharded at load time, for which
     Transformers has no checkpoints; `train(resume_from_checkpoint=folder)` continues from there.
@@ -52,6 +56,8 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
         callbacks: list[TrainerCallback],
         peft_config: LoraConfig | None = None,
         checkpointer: Checkpointer | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        z_loss: float = 0.0,
     ) -> None:
         config = model.config.get_text_config()
         loaded = [(c, key, getattr(c, key)) for c in (config, model.config) for key in CHANGED_KEYS if hasattr(c, key)]
@@ -65,6 +71,11 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
                 )
             # The config is read only when the model is built.
             model.__dict__["router_aux_loss_coef"] = args.router_aux_loss_coef
+        if z_loss and model.loss_function is not deferred_causal_lm_loss:
+            raise ValueError(
+                f"train.z_loss={z_loss}: only the fused loss has it, and {type(model).__name__} keeps Transformers' "
+                "(slipstream.describe says why); leave it out"
+            )
         own_forward = model.__dict__.get("forward")
         pad, eos = processing_class.pad_token_id, processing_class.eos_token_id
         super().__init__(
@@ -78,6 +89,7 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
             peft_config=peft_config,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.remove_callback(PrinterCallback)
         # Undo what TRL and Transformers did to the model that was passed in: its forward and its config.
@@ -87,6 +99,7 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
         for owner, key, value in loaded:
             setattr(owner, key, value)
         self._router_kwarg = hasattr(config, "output_router_logits")
+        self.z_loss = z_loss
         self.tokens, self.seconds = 0, 0.0
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
         self._clock = 0.0
@@ -202,7 +215,8 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
 
     def _model_kwargs(self, training: bool) -> dict[str, Any]:
         router = {"output_router_logits": training and self.aux_loss_enabled} if self._router_kwarg else {}
-        return {"use_cache": False, **router}
+        z_loss = {"z_loss": self.z_loss} if training and self.z_loss else {}
+        return {"use_cache": False, **router, **z_loss}
 
 
 def training_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
@@ -211,7 +225,10 @@ def training_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     Raises: ValueError for what Transformers does not know or this machine cannot do (`optim`, `report_to`, `bf16`).
     """
     values = recipe.train.model_dump()
+    if values["optim"] in ROUNDINGS:
+        del values["optim"]  # Transformers knows its own only, and `own_optimizer` goes before its default
     eval_steps = values.pop("eval_steps")
+    del values["z_loss"]  # ours, not TRL's: it goes to SlipstreamTrainer
     return SFTConfig(
         **values,
         eval_strategy="steps" if eval_steps and has_eval else "no",
@@ -223,3 +240,17 @@ def training_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
         dataloader_pin_memory=torch.accelerator.is_available(),
         disable_tqdm=True,
     )
+
+
+def own_optimizer(recipe: Recipe) -> tuple[type[AdamW], dict[str, Any]] | None:
+    """Our optimizer and its arguments where the recipe names it, as `Trainer` takes them, else None."""
+    section = recipe.train
+    if section.optim not in ROUNDINGS:
+        return None
+    return AdamW, {
+        "lr": section.learning_rate,
+        "betas": (section.adam_beta1, section.adam_beta2),
+        "eps": section.adam_epsilon,
+        "rounding": ROUNDINGS[section.optim],
+        "seed": section.seed,
+    }

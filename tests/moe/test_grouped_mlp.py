@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slipstream.moe.grouped_mlp import grouped_mlp, grouped_mlp_autograd, grouped_mm
+from slipstream.kernels.expert_activation import Activation
+from slipstream.moe.activation import register
+from slipstream.moe.grouped_mlp import grouped_mlp, grouped_mlp_autograd
+from slipstream.moe.grouped_mm import grouped_mm
 from slipstream.moe.reference import experts_reference
 from slipstream.moe.routing import balanced_index, sort_by_expert
 
@@ -23,7 +26,17 @@ def relu2(hidden: torch.Tensor) -> torch.Tensor:
     return F.relu(hidden).square()
 
 
-ACTIVATIONS = {"swiglu": (swiglu, 2), "interleaved": (interleaved_clamped, 2), "relu2": (relu2, 1)}
+def unknown(hidden: torch.Tensor) -> torch.Tensor:
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate).clamp(max=0.4) * up
+
+
+ACTIVATIONS = {"swiglu": (swiglu, 2), "interleaved": (interleaved_clamped, 2), "relu2": (relu2, 1), "own": (unknown, 2)}
+FUSED = {
+    swiglu: Activation("silu"),
+    interleaved_clamped: Activation("silu", interleaved=True, alpha=1.702, limit=1.0, offset=1.0),
+    relu2: Activation("relu2", gated=False),
+}
 
 # name: tokens, hidden, intermediate, experts, top_k
 SHAPES = {
@@ -70,9 +83,10 @@ def oracle(idx, inputs, activation):
     return experts_reference(idx_TK=idx, activation=activation, **inputs)
 
 
-def ours(idx, inputs, activation, mlp=grouped_mlp, unowned_rows=False, num_rows=None):
-    routing = sort_by_expert(idx, inputs["up_EHN"].shape[0], num_rows)
-    return mlp(routing=routing, activation=activation, unowned_rows=unowned_rows, **inputs)
+def ours(idx, inputs, activation, mlp=grouped_mlp, num_rows=None):
+    if mlp is grouped_mlp:
+        activation = register(activation.__name__, FUSED.get(activation, activation))
+    return mlp(idx_TK=idx, activation=activation, num_rows=num_rows, **inputs)
 
 
 def assert_matches(got, expected, tolerance: float) -> None:
@@ -120,8 +134,8 @@ def test_rows_of_other_ranks_contribute_nothing(counted, biased, mlp) -> None:
     inputs["weights_TK"] = inputs["weights_TK"].masked_fill(absent, 0.0)
     grad = torch.randn(inputs["x_TH"].shape)
     out, expected = run(oracle, idx, {n: t.double() for n, t in inputs.items()}, grad, activation=function)
-    known = {"num_rows": int((~absent).sum())} if counted else {"unowned_rows": True}
-    got = run(ours, idx, inputs, grad, activation=function, mlp=mlp, **known)
+    known = int((~absent).sum()) if counted else None
+    got = run(ours, idx, inputs, grad, activation=function, mlp=mlp, num_rows=known)
     assert_matches(got, (out, expected), 2e-6)
 
 
@@ -152,7 +166,7 @@ def test_frozen_experts_get_no_gradient_but_pass_it_on() -> None:
 
 
 def test_saves_only_input_and_pre_activation() -> None:
-    """Per token: x, the routing weights, the pre-activation, and int64 routing metadata of 4 words a row."""
+    """Per token: x, the routing weights, the pre-activation, and int32 routing metadata of 3 words a row."""
     idx, inputs, function = problem("plain", "swiglu", False, False, torch.float32)
     tensors = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     saved = []
@@ -171,7 +185,7 @@ def test_sort_by_expert_example() -> None:
     assert routing.expert_R.tolist() == [0, 1, 1, 2]
     routing = sort_by_expert(torch.tensor([[1, 2], [2, 0]]), 2, num_rows=2)  # 2 is an expert of another rank
     assert (routing.slot_R.tolist(), routing.expert_R.tolist()) == ([3, 0], [0, 1])
-    assert routing.row_TK.tolist() == [[1, 2], [3, 0]]
+    assert routing.row_TK.tolist() == [[1, 2], [2, 0]]
 
 
 def test_balanced_index_loads_all_experts_equally() -> None:

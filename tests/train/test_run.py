@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -137,6 +138,23 @@ def test_load_balancing_loss_is_trained_on_but_not_held_out(tmp_path: Path, chec
     assert losses(tmp_path)[0] > result.eval_loss_before + 0.5  # top-2 of 4 experts: the term is 2 when balanced
     config = json.loads((result.output_dir / "config.json").read_text())
     assert config == json.loads((checkpoint / "config.json").read_text())
+
+
+def test_z_loss_is_trained_on_but_not_held_out(tmp_path: Path, checkpoint: Path) -> None:
+    train = {"z_loss": 0.1, "per_device_train_batch_size": 16, "max_steps": 1}
+    result = fine_tune(tmp_path, checkpoint, data={"eval": str(tmp_path / "rows.jsonl")}, train=train)
+    data = prepare(load_recipe(tmp_path / "recipe.yaml")[0], overwrite=True).data
+    assert result.eval_loss_before == pytest.approx(plain_loss(checkpoint, data.eval), rel=1e-5)
+    # A new model's logits are close to 0, so their logsumexp is that of the vocabulary's size.
+    size = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    added = losses(tmp_path)[0] - plain_loss(checkpoint, data.train)
+    assert added == pytest.approx(0.1 * math.log(size) ** 2, rel=0.05)
+
+
+def test_z_loss_needs_the_fused_loss(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.z_loss=0\.1: only the fused loss"):
+        fine_tune(tmp_path, checkpoint, model={"backend": {"loss": "transformers"}}, train={"z_loss": 0.1})
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_ranks_train_like_one(epoch: tuple[Path, RunResult], tmp_path: Path, checkpoint: Path) -> None:

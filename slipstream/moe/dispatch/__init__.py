@@ -60,6 +60,7 @@ class _Exchange(hf.Exchange):
         self.experts = experts
         self.dispatcher = self.dispatcher_class(experts.num_experts, ep_mesh.get_group())
 
+    @torch.compiler.disable  # collectives with sizes that only the host knows: a compiled layer stops here and goes on
     def __call__(self, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         implementation = hf.experts_implementation(self.experts)
         if implementation == "slipstream_balanced":

@@ -1,0 +1,203 @@
+"""Builds each side: a model with the same random weights, its optimizers and its loss.
+
+Plain Transformers is built as anyone would, at its best settings: SDPA, `grouped_mm` experts, FSDP2 or its own expert
+parallelism through `DistributedConfig`. Nothing of Slipstream runs inside a rival's step.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from slipstream.bench.options import OURS, Job, Options
+
+Batch = dict[str, torch.Tensor]
+LEARNING_RATE = 1e-5
+
+
+@dataclass
+class Contender:
+    """One side of the comparison, ready to step.
+
+    Attributes:
+        loss: a batch -> its loss, a scalar tensor that backward starts from.
+        optimizers: one per device mesh (fused AdamW takes no mixture).
+        experts: the modules called as `experts(x_TH, idx_TK, weights_TK)`, to look at their load.
+        num_experts: routed experts of a layer in the whole job.
+        settings: what it runs with, for the report.
+        notes: what a reader has to know beside the figures.
+        same_weights: whether its first weights are those of the other sides.
+    """
+
+    model: Any
+    loss: Callable[[Batch], torch.Tensor]
+    optimizers: list[torch.optim.Optimizer]
+    experts: list[nn.Module] = field(default_factory=list)
+    num_experts: int | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    same_weights: bool = True
+
+
+def build(job: Job, device: torch.device, ranks: int) -> Contender:
+    """The job's contender on `device`, in training mode.
+
+    Raises:
+        ValueError: the contender does not exist, or not for this model or number of ranks.
+        ImportError: its package is not installed.
+    """
+    if job.contender == "nemo":
+        from slipstream.bench.nemo import build_nemo  # its environment may have an older Transformers
+
+        return build_nemo(job, device, ranks)
+    if job.contender == OURS:
+        return _slipstream(job, device, ranks)
+    if job.contender in ("transformers", "transformers-ep", "transformers-liger"):
+        return _transformers(job, device, ranks)
+    raise ValueError(f"no contender {job.contender!r}")
+
+
+def adamw_by_mesh(model: nn.Module, make: Callable[..., torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    """An optimizer per device mesh."""
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [make(parameters, lr=LEARNING_RATE) for parameters in by_mesh.values()]
+
+
+def torch_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """What every rival has: PyTorch's fused AdamW on bf16 weights, its states in bf16."""
+    return adamw_by_mesh(model, partial(torch.optim.AdamW, fused=True))
+
+
+def _slipstream(job: Job, device: torch.device, ranks: int) -> Contender:
+    import slipstream
+    from slipstream import hf
+
+    options = job.options
+    setup = {"ep_size": options.ep_size, "activation_checkpointing": options.activation_checkpointing}
+    torch.manual_seed(0)
+    with device:
+        model = slipstream.AutoModelForCausalLM.from_config(
+            options.config(), dtype=torch.bfloat16, backend={**options.backend, "gate": job.gate},
+            distributed_setup=setup,
+        )  # fmt: skip
+    model.train()
+    if options.optimizer == "torch":
+        optimizers = torch_adamw(model)
+    else:
+        from slipstream.optim import AdamW
+
+        optimizers = adamw_by_mesh(model, AdamW)
+    return Contender(
+        model=model,
+        loss=partial(_loss, model),
+        optimizers=optimizers,
+        experts=[module for _, module in hf.experts_modules(model)],
+        num_experts=hf.num_routed_experts(model.config),
+        settings={choice.operation: choice.chosen for choice in slipstream.describe(model).choices}
+        | {"optimizer": f"{type(optimizers[0]).__module__}.{type(optimizers[0]).__name__}"},
+    )
+
+
+def _transformers(job: Job, device: torch.device, ranks: int) -> Contender:
+    from slipstream import hf
+    from slipstream.parallel.initialize import build_sharded
+    from slipstream.parallel.setup import DistributedSetup
+
+    options, config = job.options, job.options.config()
+    parallel = DistributedSetup(ep_size=options.ep_size if job.contender == "transformers-ep" else 1)
+    if job.contender == "transformers-ep" and parallel.ep_size == 1:
+        raise ValueError("with ep_size=1 transformers-ep is transformers; give --nproc 2 or more")
+    parallel.check(hf.num_routed_experts(config))
+    experts = {} if hf.num_routed_experts(config) is None else {"experts_implementation": "grouped_mm"}
+    # "sdpa" is what Transformers takes by itself where the architecture has it; asked for, it refuses the others.
+    attention = {} if options.rival_attn == "sdpa" else {"attn_implementation": options.rival_attn}
+    from_config = partial(
+        transformers.AutoModelForCausalLM.from_config,
+        copy.deepcopy(config),
+        dtype=torch.bfloat16,
+        **experts,
+        **attention,
+    )
+    torch.manual_seed(0)
+    with device:
+        if ranks == 1:
+            model = from_config()
+        else:
+            # Transformers' own sharding; only the values come from us, the same on every layout.
+            distributed = hf.distributed_config(parallel, "all_to_all")
+            model = build_sharded(from_config, partial(hf.distribute, config=distributed))
+    notes = []
+    if (found := hf.attention_implementation(model)) != options.rival_attn:
+        notes.append(f"attention: {found} ({type(model).__name__} has no {options.rival_attn} in Transformers)")
+    if options.activation_checkpointing != "none":
+        hf.checkpoint_layers(model)
+        if options.activation_checkpointing == "selective":
+            notes.append("activation checkpointing: full (Transformers has no selective one)")
+    model.train()
+    if job.contender == "transformers-liger":
+        notes.append(_apply_liger(model, keep_experts=parallel.ep_size > 1))
+    modules = [module for _, module in hf.experts_modules(model)]
+    if job.gate == "balanced":
+        _balance(modules, hf.num_routed_experts(config) or 0)
+    return Contender(
+        model=model,
+        loss=partial(_loss, model),
+        optimizers=torch_adamw(model),
+        experts=modules,
+        num_experts=hf.num_routed_experts(config),
+        settings={"attn": found, **({"experts": hf.experts_implementation(model)} if experts else {}),
+                  "parallel": _layout(ranks, parallel.ep_size), "optimizer": "torch.optim.AdamW(fused=True)"},
+        notes=notes,
+    )  # fmt: skip
+
+
+def _loss(model: Any, batch: Batch) -> torch.Tensor:
+    return model(**batch).loss
+
+
+def _layout(ranks: int, ep_size: int) -> str:
+    if ranks == 1:
+        return "one GPU"
+    return f"FSDP2 over {ranks}" + (f", EP={ep_size} all_to_all" if ep_size > 1 else "")
+
+
+def _balance(experts: list[nn.Module], num_experts: int) -> None:
+    """Overwrite the router's choice with the uniform one that our gate="balanced" makes, among all experts."""
+    from slipstream.moe.routing import balanced_index
+
+    for module in experts:
+
+        def uniform(x_TH: Any, idx_TK: Any, weights_TK: Any, forward: Any = module.forward) -> Any:
+            return forward(x_TH, balanced_index(idx_TK, num_experts), weights_TK)
+
+        module.forward = uniform
+
+
+def _apply_liger(model: Any, *, keep_experts: bool) -> str:
+    """Liger Kernel's own patch of `model`: norms, RoPE, fused linear cross-entropy, and its fused MoE where no exchange
+    stands around the experts. Returns what it did."""
+    if find_spec("liger_kernel") is None:
+        raise ImportError("transformers-liger needs the package liger_kernel: pip install liger-kernel")
+    from liger_kernel.transformers import monkey_patch
+
+    model_type = model.config.model_type
+    if model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(f"Liger Kernel has no kernels for the architecture {model_type!r}")
+    monkey_patch._apply_liger_kernel_to_instance(model=model, **({"swiglu": False} if keep_experts else {}))
+    return "Liger: norms, RoPE, fused linear cross-entropy" + (
+        "; experts stay Transformers' (its fused MoE would bypass the exchange)" if keep_experts else ", SwiGLU/MoE"
+    )
+
+
+def resolved_device(options: Options) -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")

@@ -1,0 +1,164 @@
+"""The expert layer alone: one experts module of a preset's config, ours beside others', over routings and sizes.
+
+Dims: T tokens, H hidden, K experts per token, E experts.
+"""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from slipstream import hf
+from slipstream.bench.presets import build_config
+from slipstream.bench.timing import peak_above_gib, time_ms
+from slipstream.moe.routing import balanced_index
+from slipstream.planning.flops import meta_model, top_k
+
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def bench_layer(
+    model: str,
+    tokens: list[int],
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    simulate_ep: int = 1,
+    ceiling: float = 750.0,
+    tiny: bool = False,
+    iterations: int = 20,
+) -> list[dict[str, Any]]:
+    """Rows of `tokens`, `routing`, `imbalance`, `contender`, and either `error` or times, rates and memory.
+
+    Args:
+        model: a preset with experts.
+        tokens: of one rank, a list of sizes.
+        simulate_ep: ranks of a group of which one's share is run: `E / simulate_ep` experts, `T * K` rows in all, as
+            they arrive after an exchange (one expert each).
+        ceiling: the TFLOP/s that a dense GEMM reaches on this device, to compare with.
+
+    Raises:
+        ValueError: the preset is dense, or its experts don't divide by `simulate_ep`.
+    """
+    config = build_config(model, tiny=tiny)
+    config = build_config(model, experts=0, tiny=tiny) if hf.num_routed_experts(config) else config
+    experts = hf.num_routed_experts(config)
+    if experts is None:
+        raise ValueError(f"--model {model}: a dense model has no expert layer")
+    if simulate_ep < 1 or experts % simulate_ep:
+        raise ValueError(f"--simulate-ep {simulate_ep} does not divide {experts} experts")
+    owner, module = _experts_module(model, experts // simulate_ep, tiny, device, dtype)
+    rows = []
+    for count in tokens:
+        k = top_k(config) if simulate_ep == 1 else 1
+        count = count if simulate_ep == 1 else count * top_k(config)
+        for routing in ("balanced", "learned"):
+            inputs = _inputs(module, count, k, routing, device, dtype)
+            load = torch.bincount(inputs[1].flatten(), minlength=module.num_experts).float()
+            about = {
+                "tokens": count,
+                "experts": module.num_experts,
+                "top_k": k,
+                "routing": routing,
+                "imbalance": (load.max() / load.mean()).item(),
+            }
+            for name, forward in _contenders(owner, module):
+                rows.append({**about, "contender": name, **_measure(forward, module, inputs, ceiling, iterations)})
+    return rows
+
+
+def _experts_module(model: str, experts: int, tiny: bool, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model on the meta device whose first experts module, returned beside it, lies on `device`."""
+    config = build_config(model, experts=experts, tiny=tiny)
+    owner = meta_model(config)
+    _, module = next(hf.experts_modules(owner))
+    module.to_empty(device=device).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.02)
+    return owner, module
+
+
+def _inputs(
+    module: Any, tokens: int, k: int, routing: str, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`x_TH`, `idx_TK`, `weights_TK`. Learned: the top of a softmax over random logits, some experts likelier."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = module.down_proj
+    hidden = weight.shape[2] if module.is_transposed else weight.shape[1]
+    x_TH = torch.randn(tokens, hidden, device=device, dtype=dtype, generator=generator)
+    logits_TE = torch.randn(tokens, module.num_experts, device=device, generator=generator)
+    logits_TE += 0.5 * torch.randn(module.num_experts, device=device, generator=generator)
+    weights_TK, idx_TK = torch.topk(logits_TE.softmax(-1), k)
+    if routing == "balanced":
+        idx_TK = balanced_index(idx_TK, module.num_experts)
+    weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True)).to(dtype)
+    return x_TH.requires_grad_(), idx_TK, weights_TK.requires_grad_()
+
+
+def _contenders(owner: Any, module: Any) -> Iterator[tuple[str, Experts | str]]:
+    """Names, each with its forward or the reason why there is none."""
+    import slipstream.moe.experts  # noqa: F401  (registers the implementation "slipstream")
+
+    for name, implementation in (("slipstream", "slipstream"), ("transformers grouped_mm", "grouped_mm")):
+        owner.set_experts_implementation(implementation)  # until the next one is asked for
+        yield name, module
+    yield "liger fused moe", _liger(module)
+
+
+def _liger(module: Any) -> Experts | str:
+    plain = module.has_gate and module.is_concatenated and not module.is_transposed and not module.has_bias
+    if not plain or "silu" not in type(module.act_fn).__name__.lower():
+        return "only SwiGLU as [gate; up] without biases"
+    if find_spec("liger_kernel") is None:
+        return "liger_kernel is not installed"
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    def forward(x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        return LigerFusedMoEFunction.apply(
+            x_TH, module.gate_up_proj, module.down_proj, idx_TK.to(torch.int32), weights_TK
+        )
+
+    return forward
+
+
+def _measure(
+    forward: Experts | str, module: Any, inputs: tuple[torch.Tensor, ...], ceiling: float, iterations: int
+) -> dict[str, Any]:
+    if isinstance(forward, str):
+        return {"error": forward}
+    x_TH, idx_TK, _ = inputs
+    grad_TH = torch.randn_like(x_TH)
+    leaves = [x_TH, inputs[2], *module.parameters()]
+
+    def both() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        forward(*inputs).backward(grad_TH)
+
+    def only_forward() -> None:
+        forward(*inputs)
+
+    device = x_TH.device
+    try:
+        peak = peak_above_gib(both, device)
+        times = {
+            "forward": time_ms(only_forward, device, iterations=iterations),
+            "forward_backward": time_ms(both, device, iterations=iterations),
+        }
+    except torch.OutOfMemoryError as error:
+        return {"error": f"out of memory: {str(error).splitlines()[0]}"}
+    finally:
+        for leaf in leaves:
+            leaf.grad = None
+    weights = sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 3)
+    flops = 2 * idx_TK.numel() * weights / module.num_experts
+    rate = {"forward": flops / times["forward"]["median"] / 1e9,
+            "forward_backward": 3 * flops / times["forward_backward"]["median"] / 1e9}  # fmt: skip
+    return {
+        "ms": times,
+        "tflops": rate,
+        "of_ceiling": {name: value / ceiling for name, value in rate.items()},
+        "peak_gib": peak,
+    }

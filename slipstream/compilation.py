@@ -1,0 +1,79 @@
+"""torch.compile, one decoder layer at a time.
+
+What lies between a layer's GEMMs, attention and experts (norms, rotary embedding, residual adds, the router) is many
+small kernels, each launched by the host and each moving its input and output through memory; compiling the layer fuses
+them. Attention and experts stay operators of their own. Layers of a kind share one graph, and the number of tokens is
+dynamic in it, so that neither another layer, nor another step, nor a short last batch compiles anything anew.
+"""
+
+import functools
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# Graphs per layer class: its kinds (dense, MoE, sliding window, …), in training and evaluation, for one row and more.
+_GRAPHS = 64
+_BACKEND = "_slipstream_compile_backend"
+
+
+def why_not_compiled(model: nn.Module) -> str | None:
+    """The reason why compiling the layers of `model` would not pay or work, or None."""
+    if not _layers(model):
+        return f"{type(model).__name__} has no decoder layers that Transformers marks as such"
+    if next(model.parameters()).device.type != "cuda":
+        return "not on a GPU: here compiling costs more than it saves"
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))):
+        return "Triton needs a C compiler to start its kernels, and none was found: install gcc"
+    return None
+
+
+def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> list[str]:
+    """Compile the decoder layers of `model` on their first use, in place; returns the names of their classes."""
+    layers = _layers(model)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    for layer in layers:
+        # Bound to a module-level function named forward, as in loss.py: survives deepcopy and pickle.
+        layer.forward = MethodType(forward, layer)
+        layer.__dict__[_BACKEND] = backend
+    return sorted({type(layer).__name__ for layer in layers})
+
+
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The layer's own forward, compiled where no cache of keys and values makes every call another one."""
+    own = type(self).forward
+    if kwargs.get("past_key_values") is not None or torch.compiler.is_compiling():
+        return own(self, *args, **kwargs)
+    return _compiled(own, self.__dict__[_BACKEND])(self, *args, **kwargs)
+
+
+@functools.cache
+def _compiled(own: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(own, dynamic=True, backend=backend)
+    seconds: list[float] = []
+
+    def announcing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if seconds:
+            return compiled(self, *args, **kwargs)
+        started = time.perf_counter()
+        out = compiled(self, *args, **kwargs)
+        seconds.append(time.perf_counter() - started)
+        if int(os.environ.get("RANK", 0)) == 0:
+            name = type(self).__name__.removeprefix("FSDP")
+            print(f"slipstream: compiled {name} in {seconds[0]:.0f} s (cached on disk)", file=sys.stderr)
+        return out
+
+    return announcing
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {id(below) for layer in layers for below in layer.modules() if below is not layer}
+    return [layer for layer in layers if id(layer) not in inner]

@@ -1,0 +1,353 @@
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) in one pass over memory: 14 bytes a bf16 parameter.
+
+The arithmetic is fp32, each operation rounded by itself (no fused multiply-add), so that the interpreted kernel agrees
+with the reference bit for bit; on a GPU all but the weights do, whose square root and division are faster and may be
+off by an ulp. `rounding` says how results are stored in 16 bits.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from slipstream.kernels import HAS_TRITON, runs_on
+from slipstream.kernels.rounding import Random, join, philox, round_to, split
+
+_BLOCK, _WARPS = 2048, 8  # 8 elements a thread: one 16-byte access a bf16 tensor
+_SHARED = 1 << 22  # smaller tensors share launches: one of their own takes the host longer than the GPU
+_CHUNK = 1 << 18  # elements that the reference takes at once, so that its intermediate results stay in the cache
+_WORD = 0xFFFFFFFF
+
+
+class Coefficients(NamedTuple):
+    """What the update multiplies with, for one step."""
+
+    beta1: float
+    beta2: float
+    decay: float  # 1 - lr * weight_decay
+    step_size: float  # lr, corrected for exp_avg's start at zero
+    root_scale: float  # the same correction of the root of exp_avg_sq
+    eps: float
+
+    @classmethod
+    def of(
+        cls, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int | float
+    ) -> "Coefficients":
+        """Those of step number `step`, which counts from 1."""
+        beta1, beta2 = betas
+        return cls(
+            beta1, beta2, 1 - lr * weight_decay, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps
+        )  # fmt: skip
+
+
+class Update(NamedTuple):
+    """The arguments of `adamw_`."""
+
+    param: torch.Tensor
+    grad: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    residual: torch.Tensor | None
+    coefficients: Coefficients
+    random: Random | None
+
+
+def adamw_all_(updates: Iterable[Update]) -> None:
+    """`adamw_` of each, the largest first, so that the host is done with the many small ones when the GPU is."""
+    batches: dict[Any, list[Update]] = {}
+    for update in sorted(updates, key=lambda update: -update.param.numel()):
+        if 0 < update.param.numel() < _SHARED and runs_on(update.param):
+            tensors = [tensor for tensor in update[:5] if tensor is not None]
+            if all(tensor.is_contiguous() for tensor in tensors):
+                whole = update.param.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+                # The grid is as wide as the largest of a batch, which is at most four times the smallest.
+                kind = (whole, update.param.numel().bit_length() // 2, update.param.device, update.random is None)
+                dtypes = tuple(tensor.dtype for tensor in tensors)
+                batches.setdefault((*kind, *dtypes, update.coefficients), []).append(update)
+                continue
+        adamw_(*update)
+    for (whole, *_), batch in batches.items():
+        _launch_many(batch, whole)
+
+
+def adamw_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    residual: torch.Tensor | None,
+    coefficients: Coefficients,
+    random: Random | None,
+) -> None:
+    """One step of AdamW on tensors of one shape, in place.
+
+    Elements are numbered in the order of `param`'s memory. Tensors in another order than `param` cost a copy.
+
+    Args:
+        param: weights in fp32, bf16 or fp16.
+        grad: their gradient, in any of these types.
+        exp_avg: the gradient's running mean, likewise.
+        exp_avg_sq: its square's.
+        residual: int16, for bf16 weights: the bits that fp32 weights have below them (see `split`), read and written.
+        coefficients: of this step.
+        random: round what is stored in 16 bits stochastically, with these bits; to nearest for None.
+
+    Example: param [1.], grad [2.], states [0.], lr 0.1, weight decay 0, step 1 -> param [0.9].
+    """
+    given = (param, grad, exp_avg, exp_avg_sq, residual)
+    if not param.numel():
+        return
+    if all(tensor is None or tensor.is_contiguous() for tensor in given):
+        _run(*given, coefficients, random)
+        return
+    order = sorted(range(param.dim()), key=param.stride, reverse=True)
+
+    def in_order(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.permute(order).contiguous()
+
+    p, g, m, v = in_order(param), in_order(grad), in_order(exp_avg), in_order(exp_avg_sq)
+    missing = None if residual is None else in_order(residual)
+    _run(p, g, m, v, missing, coefficients, random)
+    for tensor, written in zip(given, (p, g, m, v, missing), strict=True):
+        if tensor is not None and written is not None and tensor is not grad and not _same(tensor, written):
+            tensor.permute(order).copy_(written)
+
+
+def _same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.data_ptr() == other.data_ptr()
+
+
+def _run(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    residual: torch.Tensor | None,
+    coefficients: Coefficients,
+    random: Random | None,
+) -> None:
+    """On contiguous tensors: the kernel, or the reference a part at a time."""
+    if runs_on(param):
+        _launch(Update(param, grad, exp_avg, exp_avg_sq, residual, coefficients, random))
+        return
+    for first in range(0, param.numel(), _CHUNK):
+        p, g, m, v = (t.view(-1)[first : first + _CHUNK] for t in (param, grad, exp_avg, exp_avg_sq))
+        missing = None if residual is None else residual.view(-1)[first : first + _CHUNK]
+        bits = None if random is None else Random(random.key, random.start + first)
+        adamw_reference_(p, g, m, v, missing, coefficients, bits)
+
+
+def adamw_reference_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    residual: torch.Tensor | None,
+    coefficients: Coefficients,
+    random: Random | None,
+) -> None:
+    """What `adamw_` computes, on tensors `[N]`, one operation at a time."""
+    beta1, beta2, decay, step_size, root_scale, eps = coefficients
+    p_N = join(param, residual) if residual is not None else param.float()
+    g_N = grad.float()
+    m_N = exp_avg.float() * beta1 + g_N * (1 - beta1)
+    v_N = exp_avg_sq.float() * beta2 + (g_N * g_N) * (1 - beta2)
+    root_N = v_N.double().sqrt().float()  # the nearest; torch's fp32 root on a CPU (MKL's) may be its neighbour
+    p_N = p_N * decay - (m_N / (root_N * root_scale + eps)) * step_size
+    bits_N: list[torch.Tensor | None] = [None] * 3
+    if random is not None:
+        # NaN, which all three are where one is, could carry into the sign.
+        low_N, high_N = (word.masked_fill(p_N.isnan(), 0) for word in philox(random, param.numel(), param.device))
+        bits_N = [low_N >> 16, high_N & 0xFFFF, low_N & 0xFFFF]
+    exp_avg.copy_(round_to(m_N, exp_avg.dtype, bits_N[0]))
+    exp_avg_sq.copy_(round_to(v_N, exp_avg_sq.dtype, bits_N[1]))
+    if residual is None:
+        param.copy_(round_to(p_N, param.dtype, bits_N[2]))
+    else:
+        for tensor, part in zip((param, residual), split(p_N), strict=True):
+            tensor.copy_(part)
+
+
+def _signed(word: int) -> int:
+    """The same 32 bits as an int that Triton takes for an int32, whatever its value."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _draws(update: Update) -> bool:
+    """Whether random bits are needed: where nothing is rounded, none are made."""
+    rounded = update[2:4] if update.residual is not None else (update.param, *update[2:4])
+    return update.random is not None and any(tensor.dtype != torch.float32 for tensor in rounded)
+
+
+def _launch(update: Update) -> None:
+    param, grad, exp_avg, exp_avg_sq, residual, (beta1, beta2, decay, step_size, root_scale, eps), random = update
+    key, start = random or Random(0)
+    with torch.cuda.device_of(param):
+        _adamw_kernel[(-(-param.numel() // _BLOCK),)](
+            param, grad, exp_avg, exp_avg_sq, param if residual is None else residual,
+            param.numel(), beta1, 1 - beta1, beta2, 1 - beta2, decay, step_size, root_scale, eps,
+            _signed(key & _WORD), _signed(key >> 32), start, 0,
+            STOCHASTIC=_draws(update), MASTER=residual is not None, BLOCK=_BLOCK,
+            num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _launch_many(batch: list[Update], whole: bool) -> None:
+    """Updates that differ in their tensors and random bits only; `whole`: all begin and end at multiples of 16."""
+    param, grad, exp_avg, exp_avg_sq, residual, (beta1, beta2, decay, step_size, root_scale, eps), _ = batch[0]
+    rows = []
+    for update in batch:
+        key, start = update.random or Random(0)
+        pointers = [tensor.data_ptr() if tensor is not None else 0 for tensor in update[:5]]
+        rows.append([*pointers, update.param.numel(), _signed(key & _WORD), _signed(key >> 32), start])
+    table = torch.tensor(rows, dtype=torch.int64)
+    if param.is_cuda:
+        table = table.pin_memory().to(param.device, non_blocking=True)
+    with torch.cuda.device_of(param):
+        _adamw_many_kernel[(len(batch), -(-max(update.param.numel() for update in batch) // _BLOCK))](
+            table, beta1, 1 - beta1, beta2, 1 - beta2, decay, step_size, root_scale, eps, 0,
+            PARAM=_TRITON[param.dtype], GRAD=_TRITON[grad.dtype], EXP_AVG=_TRITON[exp_avg.dtype],
+            EXP_AVG_SQ=_TRITON[exp_avg_sq.dtype],
+            WHOLE=whole, STOCHASTIC=_draws(batch[0]), MASTER=residual is not None, BLOCK=_BLOCK,
+            num_warps=_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from slipstream.kernels.rounding import joined, parts, philox_words, store_rounded
+
+    _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+    @triton.jit
+    def _update(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        residual,
+        offsets,
+        inside,
+        beta1,
+        rest1,
+        beta2,
+        rest2,
+        decay,
+        step_size,
+        root_scale,
+        eps,
+        key,
+        high_key,
+        start,
+        zero,
+        STOCHASTIC: tl.constexpr,
+        MASTER: tl.constexpr,
+    ):
+        p = tl.load(param + offsets, mask=inside, other=0.0)
+        g = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(exp_avg + offsets, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(exp_avg_sq + offsets, mask=inside, other=0.0).to(tl.float32)
+        if MASTER:
+            p = joined(p, tl.load(residual + offsets, mask=inside, other=0))
+        else:
+            p = p.to(tl.float32)
+        m = m * beta1 + g * rest1
+        v = v * beta2 + (g * g) * rest2
+        p = p * decay - m / (tl.sqrt(v) * root_scale + eps) * step_size
+        low = tl.zeros_like(g).to(tl.uint32)
+        high = low
+        if STOCHASTIC:
+            number = start.to(tl.int64) + offsets
+            # A zero that the compiler does not know ties the numbers to the gradient's layout: 8 elements a thread.
+            # Without it all bits go through shared memory.
+            low = number.to(tl.uint32) ^ (g.to(tl.uint32, bitcast=True) & zero.to(tl.uint32))
+            high = (number >> 32).to(tl.uint32) ^ high_key.to(tl.uint32)
+            low, high = philox_words(low, high, key.to(tl.uint32))
+            low, high = tl.where(p == p, low, 0), tl.where(p == p, high, 0)
+        store_rounded(exp_avg + offsets, m, low >> 16, inside, STOCHASTIC)
+        store_rounded(exp_avg_sq + offsets, v, high & 0xFFFF, inside, STOCHASTIC)
+        if MASTER:
+            kept, missing = parts(p)
+            tl.store(param + offsets, kept, mask=inside)
+            tl.store(residual + offsets, missing, mask=inside)
+        else:
+            store_rounded(param + offsets, p, low & 0xFFFF, inside, STOCHASTIC)
+
+    # Without do_not_specialize each key of 1, or divisible by 16, would compile anew.
+    @triton.jit(do_not_specialize=["key", "high_key", "start", "zero"])
+    def _adamw_kernel(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        residual,
+        size,
+        beta1,
+        rest1,
+        beta2,
+        rest2,
+        decay,
+        step_size,
+        root_scale,
+        eps,
+        key,
+        high_key,
+        start,
+        zero,
+        STOCHASTIC: tl.constexpr,
+        MASTER: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = offsets < size  # sizes divisible by 16 keep the accesses whole
+        _update(
+            param, grad, exp_avg, exp_avg_sq, residual, offsets, inside, beta1, rest1, beta2, rest2, decay, step_size,
+            root_scale, eps, key, high_key, start, zero, STOCHASTIC, MASTER,
+        )  # fmt: skip
+
+    @triton.jit(do_not_specialize=["zero"])
+    def _adamw_many_kernel(
+        table,
+        beta1,
+        rest1,
+        beta2,
+        rest2,
+        decay,
+        step_size,
+        root_scale,
+        eps,
+        zero,
+        PARAM: tl.constexpr,
+        GRAD: tl.constexpr,
+        EXP_AVG: tl.constexpr,
+        EXP_AVG_SQ: tl.constexpr,
+        WHOLE: tl.constexpr,
+        STOCHASTIC: tl.constexpr,
+        MASTER: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = table + tl.program_id(0) * 9
+        size = tl.load(row + 5)
+        first = tl.program_id(1).to(tl.int64) * BLOCK
+        if first < size:
+            param = tl.load(row).to(tl.pointer_type(PARAM))
+            grad = tl.load(row + 1).to(tl.pointer_type(GRAD))
+            exp_avg = tl.load(row + 2).to(tl.pointer_type(EXP_AVG))
+            exp_avg_sq = tl.load(row + 3).to(tl.pointer_type(EXP_AVG_SQ))
+            residual = tl.load(row + 4).to(tl.pointer_type(tl.int16))
+            if WHOLE:
+                size = tl.multiple_of(size, 16)
+                param = tl.multiple_of(param, 16)
+                grad = tl.multiple_of(grad, 16)
+                exp_avg = tl.multiple_of(exp_avg, 16)
+                exp_avg_sq = tl.multiple_of(exp_avg_sq, 16)
+                residual = tl.multiple_of(residual, 16)
+            offsets = first + tl.arange(0, BLOCK)
+            _update(
+                param, grad, exp_avg, exp_avg_sq, residual, offsets, offsets < size, beta1, rest1, beta2, rest2, decay,
+                step_size, root_scale, eps, tl.load(row + 6), tl.load(row + 7), tl.load(row + 8), zero, STOCHASTIC,
+                MASTER,
+            )  # fmt: skip

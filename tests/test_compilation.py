@@ -1,0 +1,98 @@
+"""Compiled decoder layers: same numbers, one graph per kind of layer, whatever the step. Through AOTAutograd without
+code generation, which needs no compiler and takes seconds."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import slipstream
+from slipstream.compilation import compile_layers, why_not_compiled
+from tests.tiny_models import tiny_batch, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def accelerated(model_type: str, activation_checkpointing: str = "none"):
+    setup = {"activation_checkpointing": activation_checkpointing}
+    model = slipstream.accelerate(tiny_model(model_type, None).train(), distributed_setup=setup)
+    model.config.use_cache = False
+    return model
+
+
+def step(model, ids):
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# How many kinds of layers the tiny models have.
+KINDS = {"qwen3_moe": 1, "mixtral": 1, "gpt_oss": 2, "deepseek_v3": 2, "llama": 1, "nemotron_h": 3}
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_same_loss_and_gradients(model_type) -> None:
+    model, ids = accelerated(model_type), tiny_batch()
+    loss, grads = step(model, ids)
+    assert compile_layers(model, "aot_eager") == [type(model.get_decoder().layers[0]).__name__]
+    compiled_loss, compiled_grads = step(model, ids)
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_grads, grads)
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_activation_checkpointing_inside(checkpointing) -> None:
+    model, ids = accelerated("qwen3_moe", checkpointing), tiny_batch()
+    loss, grads = step(model, ids)
+    compile_layers(model, "aot_eager")
+    compiled_loss, compiled_grads = step(model, ids)
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_grads, grads)
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "llama"])
+def test_one_graph_per_kind_of_layer(model_type) -> None:
+    model, ids = accelerated(model_type), tiny_batch()
+    compile_layers(model, "aot_eager")
+    before = graphs()
+    step(model, ids)
+    assert graphs() - before == KINDS[model_type]
+    step(model, ids)
+    step(model, ids[:, :-5])  # a shorter batch
+    step(model, torch.cat([ids, ids])[:, :-3])  # a larger one
+    assert graphs() - before == KINDS[model_type]
+
+
+def test_generate_and_deepcopy() -> None:
+    model, ids = accelerated("qwen3_moe"), tiny_batch()[:1, :7]
+    model.config.use_cache = True
+    model.eval()
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_layers(model, counter)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+    assert counter.frame_count == 0  # every call has a cache of another length
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert model(input_ids=ids, use_cache=False).logits.abs().max() > 0
+    assert twin(input_ids=ids, use_cache=False).logits.abs().max() == 0
+
+
+def test_cpu_says_why_not() -> None:
+    model = accelerated("llama")
+    choice = slipstream.describe(model)["compile"]
+    assert (choice.chosen, choice.why) == ("none", why_not_compiled(model))
+    assert "not on a GPU" in choice.why
