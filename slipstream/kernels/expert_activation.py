@@ -37,21 +37,52 @@ class Activation:
 
     def __call__(self, hidden_RN: torch.Tensor) -> torch.Tensor:
         """`[R, N] -> [R, I]` in plain PyTorch."""
-        up_RI = None
-        gate_RI = hidden_RN
-        if self.gated:
-            halves = (hidden_RN[..., ::2], hidden_RN[..., 1::2]) if self.interleaved else hidden_RN.chunk(2, dim=-1)
-            gate_RI, up_RI = halves
-        if self.limit != math.inf:
-            gate_RI = gate_RI.clamp(max=self.limit)
-            up_RI = None if up_RI is None else up_RI.clamp(-self.limit, self.limit)
-        if self.function == "silu":
-            act_RI = gate_RI * torch.sigmoid(self.alpha * gate_RI)
-        elif self.function.startswith("gelu"):
-            act_RI = F.gelu(gate_RI, approximate="tanh" if self.function == "gelu_tanh" else "none")
-        else:
-            act_RI = F.relu(gate_RI) ** (2 if self.function == "relu2" else 1)
-        return act_RI if up_RI is None else act_RI * (up_RI + self.offset)
+        gate_RI, up_RI = self._clamped(*self._halves(hidden_RN))
+        value_RI, _ = _value_and_slope(gate_RI, self)
+        return value_RI if up_RI is None else value_RI * (up_RI + self.offset)
+
+    def differentiate(self, hidden_RN: torch.Tensor, grad_RI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The activation `[R, I]`, and what `grad_RI` becomes on the way back through it, `[R, N]`."""
+        halves = self._halves(hidden_RN)
+        gate_RI, up_RI = self._clamped(*halves)
+        value_RI, slope_RI = _value_and_slope(gate_RI, self)
+        grad_gate_RI = grad_RI * slope_RI * (halves[0] <= self.limit)
+        if up_RI is None:
+            return value_RI, grad_gate_RI
+        factor_RI = up_RI + self.offset
+        grad_up_RI = grad_RI * value_RI * (halves[1].abs() <= self.limit)
+        both = (grad_gate_RI * factor_RI, grad_up_RI)
+        grad_RN = torch.stack(both, -1).flatten(-2) if self.interleaved else torch.cat(both, -1)
+        return value_RI * factor_RI, grad_RN
+
+    def _halves(self, hidden_RN: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not self.gated:
+            return (hidden_RN,)
+        return (hidden_RN[..., ::2], hidden_RN[..., 1::2]) if self.interleaved else hidden_RN.chunk(2, dim=-1)
+
+    def _clamped(
+        self, gate_RI: torch.Tensor, up_RI: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.limit == math.inf:
+            return gate_RI, up_RI
+        return gate_RI.clamp(max=self.limit), None if up_RI is None else up_RI.clamp(-self.limit, self.limit)
+
+
+def _value_and_slope(gate: torch.Tensor, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    """`f(gate)` and `f'(gate)`."""
+    if activation.function == "silu":
+        sigmoid = torch.sigmoid(activation.alpha * gate)
+        return gate * sigmoid, sigmoid * (1 + activation.alpha * gate * (1 - sigmoid))
+    if activation.function == "gelu":
+        normal = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
+        return gate * normal, normal + gate * torch.exp(-0.5 * gate**2) / math.sqrt(2 * math.pi)
+    if activation.function == "gelu_tanh":
+        scale = math.sqrt(2 / math.pi)
+        tanh = torch.tanh(scale * (gate + 0.044715 * gate**3))
+        slope = 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh**2) * scale * (1 + 3 * 0.044715 * gate**2)
+        return 0.5 * gate * (1 + tanh), slope
+    positive = F.relu(gate)
+    return (positive**2, 2 * positive) if activation.function == "relu2" else (positive, (gate > 0).to(gate.dtype))
 
 
 class Gradients(NamedTuple):
@@ -81,7 +112,8 @@ def activation_forward(
             hidden_RN.contiguous(),
             hidden_RN if bias_EN is None else bias_EN.contiguous(),
             expert_R,
-            ends_E[-1:],
+            ends_E,
+            ends_E.shape[0],
             act_RI,
             inner,
             **_constants(activation, bias_EN, block),
@@ -132,7 +164,8 @@ def activation_backward(
             hidden_RN.contiguous(),
             hidden_RN if bias_EN is None else bias_EN.contiguous(),
             expert_R,
-            ends_E[-1:],
+            ends_E,
+            ends_E.shape[0],
             grad_act_RI,
             slot_R,
             weights_TK.contiguous(),
@@ -155,7 +188,7 @@ def activation_backward_reference(
     weights_TK: torch.Tensor,
     activation: Callable[[torch.Tensor], torch.Tensor],
 ) -> Gradients:
-    """What `activation_backward` computes, by automatic differentiation of any function of rows."""
+    """What `activation_backward` computes; of any function of rows, by automatic differentiation."""
     owned_R1 = (torch.arange(hidden_RN.shape[0], device=hidden_RN.device) < ends_E[-1])[:, None]
     wide = torch.promote_types(hidden_RN.dtype, torch.float32)
     wide_RN = hidden_RN.to(wide).masked_fill(~owned_R1, 0)
@@ -164,9 +197,11 @@ def activation_backward_reference(
     weight_R1 = weights_TK.flatten()[slot_R, None].to(wide)
     if bias_EN is not None:
         wide_RN = wide_RN + bias_EN[expert_R.long()].to(wide)
-    # Works inside an operator, where autograd is off.
-    act_RI, pull_back = torch.func.vjp(activation, wide_RN)  # type: ignore[misc]
-    (grad_hidden_RN,) = pull_back(grad_RI * weight_R1)
+    if isinstance(activation, Activation):
+        act_RI, grad_hidden_RN = activation.differentiate(wide_RN, grad_RI * weight_R1)
+    else:  # vjp works inside an operator, where autograd is off
+        act_RI, pull_back = torch.func.vjp(activation, wide_RN)  # type: ignore[misc]
+        (grad_hidden_RN,) = pull_back(grad_RI * weight_R1)
     grad_weights = torch.zeros(weights_TK.numel(), dtype=wide, device=hidden_RN.device)
     grad_weights.index_add_(0, slot_R, torch.linalg.vecdot(grad_RI, act_RI))
     weighted_RI = grad_act_RI.copy_(act_RI * weight_R1)
@@ -236,7 +271,8 @@ if HAS_TRITON:
         hidden,
         bias,
         expert_R,
-        total,
+        ends,
+        experts,
         out,
         inner,
         FUNCTION: tl.constexpr,
@@ -250,7 +286,7 @@ if HAS_TRITON:
     ):
         row = tl.program_id(0).to(tl.int64)
         start = tl.program_id(1) * BLOCK
-        if row < tl.load(total):
+        if row < tl.load(ends + experts - 1):
             width = 2 * inner if GATED else inner
             gate, up = _load_halves(hidden + row * width, inner, start, GATED, INTERLEAVED, BLOCK)
             if BIASED:
@@ -272,7 +308,8 @@ if HAS_TRITON:
         hidden,
         bias,
         expert_R,
-        total,
+        ends,
+        experts,
         grad_act,
         slot_R,
         weights,
@@ -289,7 +326,7 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
-        if row < tl.load(total):
+        if row < tl.load(ends + experts - 1):
             slot = tl.load(slot_R + row)
             weight = tl.load(weights + slot).to(tl.float32)
             width = 2 * inner if GATED else inner

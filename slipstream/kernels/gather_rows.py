@@ -24,7 +24,8 @@ def gather_rows(
         _gather_rows_kernel[(rows,)](
             x_TH.contiguous(),
             slot_R,
-            ends_E[-1:],
+            ends_E,
+            ends_E.shape[0],
             out_RH,
             hidden,
             top_k,
@@ -46,9 +47,9 @@ if HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
-    def _gather_rows_kernel(x, slot, total, out, hidden, top_k, BLOCK: tl.constexpr):
+    def _gather_rows_kernel(x, slot, ends, experts, out, hidden, top_k, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        if row < tl.load(total):
+        if row < tl.load(ends + experts - 1):
             token = (tl.load(slot + row) // top_k).to(tl.int64)
             for start in range(0, hidden, BLOCK):
                 column = start + tl.arange(0, BLOCK)

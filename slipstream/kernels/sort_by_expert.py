@@ -37,7 +37,7 @@ def sort_by_expert(
     span = block * -(-slots // (_SPANS * block))
     spans = -(-slots // span) if slots else 1
     counts_PE = torch.empty(spans, experts, dtype=torch.int32, device=device)
-    slot_R, expert_R = (torch.zeros(num_rows, dtype=torch.int32, device=device) for _ in range(2))
+    slot_R, expert_R = (torch.empty(num_rows, dtype=torch.int32, device=device) for _ in range(2))
     row_TK = torch.empty(idx_TK.shape, dtype=torch.int32, device=device)
     ends_E = torch.empty(num_experts, dtype=torch.int32, device=device)
     sizes = {"EXPERTS": experts, "BLOCK": block}
@@ -117,6 +117,7 @@ if HAS_TRITON:
         if program == 0:
             tl.store(ends_E + experts_E, end_E, mask=experts_E < num_experts)
         next_E += end_E - total_E
+        total = tl.sum(total_E, 0)
         stop = tl.minimum((program + 1) * span, slots)
         for start in range(program * span, stop, BLOCK):
             slot, expert, here, hot = _one_hot(idx, start, stop, experts_E, num_experts, BLOCK)
@@ -126,3 +127,6 @@ if HAS_TRITON:
             fits = here & (place < num_rows)
             tl.store(slot_R + place, slot, mask=fits)
             tl.store(expert_R + place, expert.to(tl.int32), mask=fits)
+            unowned = (slot >= total) & (slot < tl.minimum(num_rows, stop))
+            tl.store(slot_R + slot, tl.zeros((BLOCK,), tl.int32), mask=unowned)
+            tl.store(expert_R + slot, tl.zeros((BLOCK,), tl.int32), mask=unowned)

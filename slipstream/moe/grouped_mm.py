@@ -37,7 +37,7 @@ def weight_grad(inputs: torch.Tensor, grads: torch.Tensor, ends_E: torch.Tensor,
 def bias_grad(grads: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Sum of each expert's rows, `[E, N]`, as a grouped GEMM with ones: deterministic, accumulated in fp32."""
     ones = grads.new_ones(grads.shape[0], 8)  # 8 columns: the fewest that are 16 bytes in bf16
-    return grouped_mm(ones.t(), grads.contiguous(), ends_E)[:, 0]
+    return grouped_mm(ones.t(), grads.contiguous(), ends_E)[:, 0].contiguous()
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:

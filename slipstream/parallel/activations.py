@@ -1,18 +1,28 @@
 """Activation checkpointing: what is computed again in backward instead of being kept.
 
-Chen et al. 2016, arXiv 1604.06174. Transformers has the whole-layer form; the selective one here leaves out the
-experts, whose own backward keeps little, and whose exchange between ranks would otherwise run twice.
+Chen et al. 2016, arXiv 1604.06174. Transformers has the whole-layer form. The selective one here keeps what GEMMs and
+attention gave and computes the cheap rest again; it leaves out the experts, whose own backward keeps little, and whose
+exchange between ranks would otherwise run twice.
 """
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slipstream import hf
+
+# Operators whose outputs are kept: what they cost is not worth their memory.
+_KEPT = {
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_flash_attention_forward"),
+    *("aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention"),
+    *("aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+    "slipstream::causal_attention",
+}
 
 
 def checkpoint_activations(model: Any, mode: str) -> None:
@@ -20,7 +30,7 @@ def checkpoint_activations(model: Any, mode: str) -> None:
 
     Args:
         mode: "none", "full" (every decoder layer runs again in backward) or "selective" (each module of a layer does,
-            but for the experts and what holds them).
+            but for its GEMMs and attention, the experts and what holds them).
 
     Raises:
         ValueError: the architecture has no layers that can be checkpointed.
@@ -54,4 +64,11 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     own = type(self).forward
     if not (self.training and torch.is_grad_enabled()) or kwargs.get("past_key_values") is not None:
         return own(self, *args, **kwargs)
-    return checkpoint(own, self, *args, use_reentrant=False, **kwargs)
+    return checkpoint(own, self, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
+
+
+def _keep(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name() in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_contexts = partial(create_selective_checkpoint_contexts, _keep)

@@ -41,6 +41,8 @@ def test_sort_by_expert(tokens, slots, experts, absent) -> None:
         assert torch.equal(ends, expected[2])
         assert torch.equal(expert[:here], expected[3][:here])
         assert slot.shape == expert.shape == (num_rows,)
+        for tensor, bound in ((slot, idx.numel()), (expert, experts)):  # the rest can be indexed with
+            assert ((tensor >= 0) & (tensor < bound)).all()
 
 
 @pytest.mark.parametrize("hidden", [8, 300])

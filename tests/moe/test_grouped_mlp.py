@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from slipstream.kernels.expert_activation import Activation
 from slipstream.moe.activation import register
@@ -200,3 +202,26 @@ def test_grouped_mm_takes_widths_torch_refuses() -> None:
     torch.testing.assert_close(grouped_mm(a, b, ends), expected)
     with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
         F.grouped_mm(a, b, offs=ends)
+
+
+def layouts(tensors) -> list[tuple]:
+    return [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_what_the_compiler_is_told_is_true(frozen, biased, transposed) -> None:
+    idx, inputs, function = problem("plain", "swiglu", biased, transposed, torch.bfloat16)
+    name = register(function.__name__, FUSED[function])
+    tensors = [inputs.get(key) for key in ("x_TH", "weights_TK", "up_EHN", "down_EIH", "up_bias_EN", "down_bias_EH")]
+    arguments = (*tensors[:2], idx, *tensors[2:], name)
+    out = torch.ops.slipstream.experts(*arguments, None)
+    needs = [tensor is not None and not (frozen and tensor.shape[0] == 8) for tensor in tensors]
+    backward = (torch.randn_like(inputs["x_TH"]), *arguments, out[1], list(out[2:]), needs)
+    grads = torch.ops.slipstream.experts_backward(*backward)
+    assert len(grads) == sum(needs)
+    with FakeTensorMode() as mode:
+        fake = tree_map_only(torch.Tensor, mode.from_tensor, (arguments, backward))
+        assert layouts(torch.ops.slipstream.experts(*fake[0], None)) == layouts(out)
+        assert layouts(torch.ops.slipstream.experts_backward(*fake[1])) == layouts(grads)
