@@ -12,6 +12,7 @@ from transformers.distributed import DistributedConfig
 
 import slipstream
 from slipstream import AutoModelForCausalLM, clip_grad_norm_, hf
+from slipstream.compilation import compile_layers
 from tests.distributed.harness import run_ranks
 from tests.tiny_models import tiny_batch, tiny_config, tiny_model
 
@@ -84,6 +85,12 @@ def compare(got: Any, expected: Any) -> None:
         assert error <= 1e-4, (name, error)
 
 
+def compiled_worker(folder: str, setup: dict[str, Any]) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup).train()
+    compile_layers(model, "aot_eager")
+    return train(model, clip_grad_norm_, dist.get_rank(), dist.get_world_size())
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
@@ -101,6 +108,12 @@ def reference(checkpoints: Path, model_type: str) -> tuple[str, Any]:
 def test_three_clipped_steps(checkpoints: Path, model_type: str) -> None:
     folder, expected = reference(checkpoints, model_type)
     compare(run_ranks(worker, 4, folder, {"ep_size": 2})[0], expected)
+
+
+@pytest.mark.parametrize("setup", [{"ep_size": 2, "activation_checkpointing": "full"}, {}], ids=["ep", "fsdp"])
+def test_compiled_layers(checkpoints: Path, setup: dict[str, Any]) -> None:
+    folder, expected = reference(checkpoints, "qwen3_moe")
+    compare(run_ranks(compiled_worker, 2, folder, setup)[0], expected)
 
 
 @pytest.mark.parametrize("name", SETUPS)
