@@ -65,7 +65,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("slipstream::experts", "default")
 def _experts(
     x_TH: Tensor,
     weights_TK: Tensor,
@@ -109,7 +108,6 @@ def _(
     return x_TH.new_empty(x_TH.shape), up_EHN.new_empty(rows, up_EHN.shape[2]), *routing
 
 
-@torch.library.impl("slipstream::experts_backward", "default")
 def _experts_backward(
     grad_TH: Tensor,
     x_TH: Tensor,
@@ -201,6 +199,8 @@ def _backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None,
     return tuple(result)
 
 
+torch.library.impl("slipstream::experts", "default", _experts)
+torch.library.impl("slipstream::experts_backward", "default", _experts_backward)
 torch.library.register_autograd("slipstream::experts", _backward, setup_context=_save)
 
 
