@@ -99,7 +99,7 @@ def test_files_and_table_say_the_same(tmp_path: Path) -> None:
     assert found["date"] in paths[0].name
     assert "h200-qwen3-30b-a3b-2l-1x4096" in paths[0].name
     text = paths[0].read_text()
-    for words in ("36.0 (35.0-37.0)", "1.76 x", "2.00 x", "1.50 / 2.00", "40.0 (42.0)", "torch 2.11", "a note",
+    for words in ("36.0 (35.0-37.0)", "| 1.76 |", "| 2.00 |", "1.50 / 2.00", "40.0 (42.0)", "torch 2.11", "a note",
                   "**22.2 % idle**", "50 a layer", "2.00 ms a layer", "`transformers/x.py:3` (2 x)",
                   "| attention | 7.50 |", f"]({paths[2].name})"):  # fmt: skip
         assert words in text
