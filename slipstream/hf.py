@@ -6,6 +6,7 @@ it.
 
 import copy
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -27,6 +29,7 @@ from transformers.core_model_loading import (
 from transformers.distributed import DistributedConfig, mixin
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -37,7 +40,13 @@ ExpertsForward = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch
 causal_lm_loss = ForCausalLMLoss
 sdpa_attention = sdpa_attention_forward
 sdpa_mask = masking_utils.sdpa_mask
+PerLayerFieldError = AmbiguousGlobalPerLayerAttributeError  # a config's field that each layer has its own of
 Exchange = EPImplementation  # what brings an experts module its tokens from other ranks
+
+# What architectures call a layer's router, beside its experts, and the bias that only the choice of experts sees.
+_ROUTERS = ("gate", "router")
+_SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
+MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
 
 # What architectures call the number of routed experts.
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
@@ -61,6 +70,29 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
             yield name, module
+
+
+def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, nn.Module]]:
+    """(name, experts, router, the block that holds both) for each experts module of `model`; PEFT may wrap either."""
+    modules = dict(model.named_modules())
+    for name, experts in experts_modules(model):
+        path = name.split(".")
+        while path[-1] == "base_layer":
+            path.pop()
+        block = modules[".".join(path[:-1])]
+        for child in _ROUTERS:
+            if isinstance(router := getattr(block, child, None), nn.Module):
+                yield name, experts, router, block
+                break
+
+
+def selection_bias(router: nn.Module, block: nn.Module) -> torch.Tensor | None:
+    """The parameter or buffer that is added to a router's scores for choosing experts, not for weighing them."""
+    own = [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
+    for name, tensor in (*router.named_parameters(), *router.named_buffers(), *own):
+        if name.rpartition(".")[2] in _SELECTION_BIASES:
+            return tensor
+    return None
 
 
 def experts_implementation(model: Any) -> str:
@@ -166,6 +198,25 @@ def observing_initialization(observe: Callable[[Any, nn.Module, Callable[[], Non
         cls._initialize_weights, cls.init_weights = original, original_whole
 
 
+@contextmanager
+def scanning_by(model: Any, scan: Callable[..., Any]) -> Iterator[None]:
+    """Let the Mamba2 layers of `model` call `scan`, and leave all other optional packages (mamba_ssm, causal_conv1d,
+    fla) aside for Transformers' own PyTorch: their kernels take no fake tensors.
+
+    Called as `mamba_chunk_scan_combined(x [B, S, H, D], dt, A, B, C, …)`.
+    """
+    module = vars(sys.modules[type(model).__module__])
+    # What `use_kernel_func_from_hub_with_fallback` made: the reference is inside.
+    original = {name: value for name, value in module.items()
+                if "torch_function" in getattr(getattr(value, "__code__", None), "co_freevars", ())}  # fmt: skip
+    for name, value in original.items():
+        module[name] = scan if name == MAMBA_SCAN else value.__wrapped__
+    try:
+        yield
+    finally:
+        module.update(original)
+
+
 def initialize_module(model: Any, module: nn.Module) -> None:
     """Give `module`'s parameters the first values that the class of `model` has for them."""
     model._init_weights(module)
@@ -225,6 +276,32 @@ class CheckpointHooks:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.continue_training()
+
+
+class UpdateHook:
+    """A word before each update, under a name of our own; put it before `Trainer` in a class's bases."""
+
+    def before_update(self, grad_norm: torch.Tensor) -> None:
+        """Called once an optimizer step, when gradients are whole and clipped; `grad_norm` is from before clipping."""
+        raise NotImplementedError
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
+        self.before_update(grad_norm)
+        return grad_norm
+
+
+def running_loss(trainer: Any) -> torch.Tensor:
+    """The sum of this rank's losses since `trainer` logged last: the tensor itself, which it adds to in place."""
+    loss: torch.Tensor = trainer._tr_loss
+    return loss
+
+
+def set_batch_size(trainer: Any, size: int) -> None:
+    """Let `trainer`, before it trains, take `size` rows a micro-batch."""
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
 
 
 def unlogged_loss(trainer: Any) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """What slipstream/hf.py relies on in Transformers. A failure here means that upstream moved something."""
 
 import inspect
+import sys
 
+import pytest
 import torch
-from transformers import Trainer, masking_utils
+from transformers import CONFIG_MAPPING, Trainer, TrainingArguments, masking_utils
 from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
@@ -14,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from slipstream import DistributedSetup, hf
 from slipstream.attention import interface
 from slipstream.moe import experts
-from tests.tiny_models import tiny_config, tiny_model
+from tests.tiny_models import tiny_batch, tiny_config, tiny_model
 
 
 def test_experts_registry() -> None:
@@ -87,6 +89,49 @@ def test_exchanges_and_initialisation() -> None:
     assert is_fsdp_managed_module(model)
 
 
+def test_routers_and_their_biases() -> None:
+    for model_type, place in (("deepseek_v3", "gate"), ("minimax_m2", ""), ("ernie4_5_moe", "gate.moe_statics")):
+        model = tiny_model(model_type)
+        name, experts, router, block = next(hf.routers(model))
+        assert model.get_submodule(name) is experts
+        assert router is block.gate
+        holder = block.get_submodule(place)
+        assert hf.selection_bias(router, block) is holder.e_score_correction_bias
+    *_, router, block = next(hf.routers(tiny_model("qwen3_moe")))
+    assert hf.selection_bias(router, block) is None
+
+
+def test_config_fields_of_each_layer() -> None:
+    with pytest.raises(hf.PerLayerFieldError):
+        _ = CONFIG_MAPPING["gemma4_text"]().head_dim
+
+
+def test_trainer_calls_us_between_backward_and_update(tmp_path) -> None:
+    seen = []
+
+    class Watching(hf.UpdateHook, Trainer):
+        def before_update(self, grad_norm) -> None:
+            weight = self.model.lm_head.weight
+            grad = weight.grad.norm().item()
+            seen.append((float(grad_norm), float(hf.running_loss(self)), grad, weight.sum().item()))
+
+    model, ids = tiny_model("llama"), tiny_batch(8, 8)
+    args = TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=4, max_grad_norm=1e-3, report_to="none", use_cpu=True,
+        logging_strategy="no", save_strategy="no", disable_tqdm=True, optim="sgd", learning_rate=1.0,
+    )  # fmt: skip
+    trainer = Watching(model, args, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    hf.set_batch_size(trainer, 2)
+    before = model.lm_head.weight.sum().item()
+    trainer.train()
+    assert len(seen) == 2
+    assert seen[0][3] == before  # not updated yet
+    assert seen[1][3] != before
+    assert all(norm > 2e-3 and clipped <= 1.001e-3 for norm, _, clipped, _ in seen)
+    assert 0 < seen[0][1] < seen[1][1]  # summed, as nothing is logged
+    assert trainer.state.epoch == 0.5  # of 8 rows, 2 x 2 were taken
+
+
 def test_attention_registries_and_flags() -> None:
     assert ALL_ATTENTION_FUNCTIONS["slipstream"] is interface.attention_forward
     assert ALL_MASK_ATTENTION_FUNCTIONS["slipstream"] is interface.attention_mask_for
@@ -132,3 +177,29 @@ def test_packing_is_looked_for_by_this_name() -> None:
         assert masking_utils.find_packed_sequence_indices is once
     finally:
         masking_utils.find_packed_sequence_indices = original
+
+
+def test_mamba_scan_can_be_replaced() -> None:
+    """By a name of the modelling file, which the layers look up at every call; put back afterwards."""
+    model = tiny_model("nemotron_h")
+    calls = []
+
+    def scan(x_BSHD: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, **rest):  # type: ignore[no-untyped-def]
+        calls.append((x_BSHD.shape, dt.shape, B.shape == C.shape))
+        return torch.zeros_like(x_BSHD)
+
+    ids = tiny_batch(1, 16)
+    before = model(input_ids=ids, use_cache=False).logits
+    module = sys.modules[type(model).__module__]
+    conv = module.causal_conv1d_fn
+    with hf.scanning_by(model, scan):
+        assert module.causal_conv1d_fn is conv.__wrapped__
+        model(input_ids=ids, use_cache=False)
+    config = model.config
+    heads = (1, 16, config.mamba_num_heads)
+    mamba = sum(kind == "linear_attention" for kind in config.layer_types)
+    assert calls == [((*heads, config.mamba_head_dim), heads, True)] * mamba
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+    assert module.causal_conv1d_fn is conv
+    with hf.scanning_by(tiny_model("llama"), scan):  # has none
+        pass

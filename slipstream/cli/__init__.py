@@ -7,6 +7,9 @@ import typer
 from slipstream.cli.bench import bench
 from slipstream.cli.doctor import doctor
 from slipstream.cli.finetune import finetune
+from slipstream.cli.launch import launch
+from slipstream.cli.plan import plan
+from slipstream.cli.preview import preview
 from slipstream.cli.upcycle import upcycle
 
 # What a user can cause and mend. Anything else is our bug and deserves its traceback.
@@ -20,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(finetune)
+app.command()(preview)
+app.command()(plan)
+app.command()(launch)
 app.command()(upcycle)
 app.add_typer(bench, name="bench")
 app.command()(doctor)

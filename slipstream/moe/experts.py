@@ -44,25 +44,33 @@ def experts_forward(
 
     Under expert parallelism an id may say 'not on this rank'; `num_rows` is how many don't, where the host knows it.
     """
-    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    up_bias = "gate_up_proj_bias" if experts.has_gate else "up_proj_bias"
     activation: Any = activation_name(experts)
     mlp: Any = grouped_mlp
-    if activation is None or experts.has_post_expert_norm:
+    if not is_fused(experts):
         # Backward has to reach parameters that lie between or behind the two projections.
         post_norm = experts.post_expert_norm if experts.has_post_expert_norm else None
         mlp, activation = partial(grouped_mlp_autograd, post_norm=post_norm), own_function(experts)
-    dtype = compute_dtype(up)
+    up, down, up_bias, down_bias = projections(experts)
     return mlp(
-        x_TH,
-        weights_TK,
-        idx_TK,
+        x_TH, weights_TK, idx_TK, up, down, activation, up_bias_EN=up_bias, down_bias_EH=down_bias, num_rows=num_rows
+    )
+
+
+def is_fused(experts: Any) -> bool:
+    """Whether the experts run as one operator: there is nothing to train but the two projections."""
+    return activation_name(experts) is not None and not experts.has_post_expert_norm
+
+
+def projections(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Up and down as `[E, in, out]` views in the dtype to compute in, and their biases."""
+    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    up_bias = "gate_up_proj_bias" if experts.has_gate else "up_proj_bias"
+    dtype = compute_dtype(up)
+    return (
         _in_out(up.to(dtype), experts),
         _in_out(experts.down_proj.to(dtype), experts),
-        activation,
-        up_bias_EN=getattr(experts, up_bias).to(dtype) if experts.has_bias else None,
-        down_bias_EH=experts.down_proj_bias.to(dtype) if experts.has_bias else None,
-        num_rows=num_rows,
+        getattr(experts, up_bias).to(dtype) if experts.has_bias else None,
+        experts.down_proj_bias.to(dtype) if experts.has_bias else None,
     )
 
 

@@ -1,22 +1,67 @@
 """What can be refused before weights are loaded: the checkpoint, and numbers that cannot fit."""
 
+import difflib
 import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.training_args import OptimizerNames
 
+from slipstream.bench.presets import PRESETS, build_config
+from slipstream.hf import num_routed_experts
+from slipstream.parallel.setup import DistributedSetup
+from slipstream.train.byte_tokenizer import NAME as BYTES
+from slipstream.train.byte_tokenizer import byte_tokenizer
 from slipstream.train.recipe import DEFAULT_MAX_LENGTH, ModelSection, Recipe
 
+OWN_OPTIMIZERS = ("slipstream_adamw", "slipstream_adamw_master")
 INDEX_NAME = "model.safetensors.index.json"
 
 
-def load_config(section: ModelSection) -> PreTrainedConfig:
-    """The model's config, once its folder has been found whole; a name on the hub is left to Transformers.
+def load_config_and_tokenizer(
+    section: ModelSection, stand_in: bool = False
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, list[str]]:
+    """The model's config and its tokenizer, once a local checkpoint has been found whole; and notes on both.
 
-    Raises: ValueError when a local checkpoint is missing, incomplete or damaged; OSError when a hub name cannot be had.
+    Args:
+        section: the recipe's `model`.
+        stand_in: for a name on the hub that cannot be had, take the preset of the same shapes, if there is one.
+
+    Raises: ValueError when a local checkpoint is missing, incomplete or damaged, or a config field does not exist;
+        OSError when a hub name cannot be had.
     """
+    notes = []
+    try:
+        config = build_from_config(section) if section.name_or_path is None else load_config(section)
+        tokenizer = section.tokenizer or section.name_or_path
+    except OSError:
+        preset = Path(section.name_or_path or "").name.lower()
+        if not stand_in or preset not in PRESETS:
+            raise
+        config, tokenizer = build_config(preset, 0, experts=0), section.tokenizer
+        config.dtype = torch.bfloat16  # as they were published
+        notes.append(f"{section.name_or_path} cannot be had here; its shapes are those of the preset {preset}")
+    if tokenizer is None:
+        notes.append(
+            "model.tokenizer is not given; text is read as bytes"
+            if section.name_or_path is None
+            else "no tokenizer here; text is read as bytes, so rows count more tokens than they will have"
+        )
+    if tokenizer in (None, BYTES):
+        loaded: PreTrainedTokenizerBase = byte_tokenizer()
+    else:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=section.trust_remote_code)
+    if section.name_or_path is None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config.get_text_config(), name, getattr(loaded, name))
+    return config, loaded, notes
+
+
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """The config of a checkpoint; a name on the hub is left to Transformers."""
+    assert section.name_or_path is not None
     folder = Path(section.name_or_path)
     if folder.exists():
         check_checkpoint(folder)
@@ -24,6 +69,51 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         raise ValueError(f"model.name_or_path: no such folder: {folder}")
     config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     return config
+
+
+def build_from_config(section: ModelSection) -> PreTrainedConfig:
+    """The config that `model.config` and `model.config_overrides` describe, of a preset or a file."""
+    assert section.config is not None
+    changes = dict(section.config_overrides)
+    path = Path(section.config)
+    if section.config in PRESETS and not path.exists():
+        config = build_config(section.config, 0, experts=0)
+    elif path.exists():
+        config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+    else:
+        raise ValueError(f"model.config: no such file: {path}; or use a preset: {', '.join(PRESETS)}")
+    known = {*config.to_dict(), *vars(config), *config.attribute_map}
+    if unknown := [key for key in changes if key not in known]:
+        raise ValueError(f"model.config_overrides.{unknown[0]}: {type(config).__name__} has no such field")
+    if section.config in PRESETS and not path.exists():
+        # It cuts the pattern of layers to their number.
+        return build_config(section.config, changes.pop("num_hidden_layers", 0), experts=0, changes=changes)
+    values = {**config.to_dict(), **changes}
+    return AutoConfig.for_model(**values)
+
+
+def check_experts(setup: DistributedSetup, config: PreTrainedConfig) -> None:
+    """Raises: ValueError when `ep_size` does not divide the model's experts, whatever the number of ranks."""
+    experts = num_routed_experts(config)
+    if setup.ep_size > 1 and (experts is None or experts % setup.ep_size):
+        check_setup(setup, config)
+
+
+def check_setup(setup: DistributedSetup, config: PreTrainedConfig) -> None:
+    """Raises: ValueError when the recipe's `distributed` does not fit the model and the ranks of this job."""
+    try:
+        setup.check(num_routed_experts(config))
+    except ValueError as error:
+        raise ValueError(f"distributed: {error}") from error
+
+
+def check_optimizer(name: str) -> None:
+    """Raises: ValueError when neither Transformers nor we have an optimizer of that name."""
+    known = [*OWN_OPTIMIZERS, *(optimizer.value for optimizer in OptimizerNames)]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        fix = f"did you mean {near[0]!r}?" if near else f"use 'auto' or one of {', '.join(known)}"
+        raise ValueError(f"train.optim: no optimizer {name!r}; {fix}")
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -64,15 +154,24 @@ def resolve(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
     if data.max_length is None:
         data.max_length = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
     elif limit is not None and data.max_length > limit:
+        name = recipe.model.name_or_path or recipe.model.config
         raise ValueError(
-            f"data.max_length={data.max_length} is longer than the model allows: {recipe.model.name_or_path} has "
+            f"data.max_length={data.max_length} is longer than the model allows: {name} has "
             f"max_position_embeddings={limit}; set data.max_length to {limit} or less"
         )
     if train.max_steps > 0 and train.warmup_steps < 1 and train.warmup_steps * train.max_steps < 1:
         train.warmup_steps = 0  # Transformers rounds up to one step, and trains it at a rate of 0
     if train.learning_rate is None:
         train.learning_rate = 2e-4 if recipe.lora else 2e-5
+    cuda = torch.cuda.is_available()
+    if recipe.model.dtype == "auto" and recipe.model.config is not None:
+        recipe.model.dtype = "bfloat16" if cuda else "float32"  # a config alone has no weights to take it from
+    dtype = str(config.dtype or "float32") if recipe.model.dtype == "auto" else recipe.model.dtype
+    short = dtype.removeprefix("torch.") in ("bfloat16", "float16")
     if train.bf16 is None:
-        dtype = str(config.dtype or "float32") if recipe.model.dtype == "auto" else recipe.model.dtype
-        train.bf16 = torch.cuda.is_available() and dtype.removeprefix("torch.") == "float32"
+        train.bf16 = cuda and not short
+    if train.optim == "auto":
+        # Nearest rounding loses what is below 1/256 of a bfloat16 weight. LoRA's own weights are float32.
+        train.optim = "slipstream_adamw" if cuda and short and recipe.lora is None else "adamw_torch_fused"
+    check_optimizer(train.optim)
     return recipe

@@ -22,15 +22,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 CHECKPOINTS = "checkpoints"  # below the output folder
 # What may change between the parts of a run without changing its curve. Rows are counted, rows a step kept.
 _FREE = {
-    "model": {"attn_implementation", "trust_remote_code", "backend"},
-    "data": {"train", "eval", "chat_template"},
+    "model": {"attn_implementation", "trust_remote_code", "backend", "tokenizer"},
+    "data": {"train", "eval", "chat_template", "on_bad_row"},
     "train": {
-        "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
-        "activation_checkpointing", "logging_steps", "eval_steps", "dataloader_num_workers", "report_to", "run_name",
+        "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "on_bad_step",
+        "max_loss_spike", "activation_checkpointing",
+        "dataloader_num_workers",
     },
     "distributed": True,
     "checkpoint": True,
     "eval": True,
+    "log": True,
 }  # fmt: skip
 
 

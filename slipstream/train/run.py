@@ -9,20 +9,24 @@ from typing import Any, TextIO
 import torch
 from peft import LoraConfig
 from rich.console import Console
-from rich.text import Text
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from slipstream import AutoModelForCausalLM, DistributedSetup
 from slipstream.checkpoint.output import INCOMPLETE, check_output_folder, holds_model, publish
 from slipstream.checkpoint.resume import Checkpointer, checkpoint_name, read_info
-from slipstream.hf import num_routed_experts
-from slipstream.train.callbacks import MetricsFile, ProgressReport, metrics_until
-from slipstream.train.checks import load_config, resolve
-from slipstream.train.data import TokenizedData, jsonl_files, load_data, trained_segments
-from slipstream.train.recipe import Recipe
+from slipstream.train.arguments import own_optimizer, training_arguments
+from slipstream.train.batch_size import find_batch_size
+from slipstream.train.callbacks import MetricsFile, metrics_until
+from slipstream.train.checks import check_experts, check_setup, load_config_and_tokenizer, resolve
+from slipstream.train.data import TokenizedData, load_data
+from slipstream.train.guards import StepGuard
+from slipstream.train.packing import check_packing
+from slipstream.train.progress import ProgressReport
+from slipstream.train.recipe import AUTO, Recipe
 from slipstream.train.recipe_file import dump_recipe
+from slipstream.train.record import write_records
 from slipstream.train.resume import (
     CHECKPOINTS,
     SaveAndStop,
@@ -35,7 +39,11 @@ from slipstream.train.resume import (
     restart_note,
     rows_per_step,
 )
-from slipstream.train.trainer import SlipstreamTrainer, own_optimizer, training_arguments
+from slipstream.train.samples import Samples
+from slipstream.train.sources import check_sources
+from slipstream.train.stopping import EarlyStopping
+from slipstream.train.summary import print_resolved, print_trainable
+from slipstream.train.trainer import SlipstreamTrainer
 
 RECIPE_FILE, METRICS_FILE = "recipe.resolved.yaml", "metrics.jsonl"
 
@@ -44,7 +52,7 @@ RECIPE_FILE, METRICS_FILE = "recipe.resolved.yaml", "metrics.jsonl"
 class RunResult:
     """What a run came to. Losses are mean cross-entropy a token; None without held-out rows.
 
-    `tokens_per_second` counts no padding and no evaluation time; answers are to `eval.sample_prompt`.
+    `tokens_per_second` counts no padding and no evaluation time; answers are to the first `eval.sample_prompt`.
     """
 
     output_dir: Path
@@ -61,6 +69,7 @@ class Prepared:
     """Everything a run needs but the weights; `checkpoint` is where it continues from, None at a new start."""
 
     recipe: Recipe
+    config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     data: TokenizedData
     arguments: SFTConfig
@@ -75,8 +84,9 @@ def run(
     """Fine-tune as the recipe says; everything that can be checked is, before weights are loaded or a file is written.
 
     Writes into `train.output_dir`: model and tokenizer as Transformers saves them, `metrics.jsonl` line by line while
-    it trains, `recipe.resolved.yaml`, and checkpoints below `checkpoints/`. An earlier model stays until the new one is
-    complete. SIGTERM and SIGUSR1 end training after the step under way, with a checkpoint; the same call continues.
+    it trains, `recipe.resolved.yaml`, `environment.json`, `data.json`, and checkpoints below `checkpoints/`. An earlier
+    model stays until the new one is complete. SIGTERM and SIGUSR1 end training after the step under way, with a
+    checkpoint; the same call continues.
 
     Args:
         recipe: what to do.
@@ -91,8 +101,8 @@ def run(
     """
     first_rank = int(os.environ.get("RANK", "0")) == 0
     console = Console(file=file, quiet=not first_rank, highlight=False, markup=False, soft_wrap=True)
-    prepared = prepare(recipe, overwrite)
-    _print_resolved(prepared, console, dry_run)
+    prepared = prepare(recipe, overwrite, dry_run)
+    print_resolved(prepared, console, dry_run)
     if dry_run:
         return None
     agree(prepared.checkpoint)
@@ -103,35 +113,50 @@ def run(
     stop = SaveAndStop(section.save_steps, timeout)
     # The records of a model that is being replaced stay beside it until its successor is complete.
     records = output / INCOMPLETE if holds_model(output) else output
-    progress = ProgressReport(console)
+    progress, samples, stopping, guard = _observers(prepared, output, console)
     trainer = SlipstreamTrainer(
         model=model,
         args=prepared.arguments,
         train_dataset=prepared.data.train,
         eval_dataset=prepared.data.eval,
         processing_class=prepared.tokenizer,
-        callbacks=[progress, stop],
+        callbacks=[progress, stop, samples, *stopping],
         peft_config=prepared.lora,
         checkpointer=checkpointer,
         optimizer_cls_and_kwargs=own_optimizer(prepared.recipe),
         z_loss=prepared.recipe.train.z_loss,
+        max_length=prepared.recipe.data.max_length or 0,
+        guard=guard,
+        freeze_router=prepared.recipe.train.freeze_router,
+        router_bias_update_rate=prepared.recipe.train.router_bias_update_rate,
+        row_length=prepared.data.counts.tokens / prepared.data.counts.rows,
     )
     trainer.run_info = {
         "identity": identity(prepared.recipe, prepared.data.counts),
         "rows_per_step": rows_per_step(prepared.recipe, prepared.arguments),
     }
     if prepared.lora:
-        _print_trainable(trainer, console)
+        assert trainer.model is not None
+        print_trainable(trainer.model, console)
     before = read_info(prepared.checkpoint) if prepared.checkpoint else None
+    if prepared.recipe.train.per_device_train_batch_size == AUTO:
+        found = before["info"].get("micro_batch") if before else None
+        console.print(find_batch_size(trainer, prepared.recipe.data.max_length or 0, found))
+    trainer.run_info["micro_batch"] = trainer.args.per_device_train_batch_size
     if first_rank:
         earlier = metrics_until(records / METRICS_FILE, before["step"]) if before else None
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)  # of a run that was killed
         records.mkdir(parents=True, exist_ok=True)
         (records / RECIPE_FILE).write_text(dump_recipe(prepared.recipe), encoding="utf-8")
-        trainer.add_callback(MetricsFile(records / METRICS_FILE, earlier))
+        write_records(records, prepared.data)
+        metrics = MetricsFile(records / METRICS_FILE, earlier)
+        trainer.add_callback(metrics)
+        samples.record = lambda step, pairs: metrics.write(step, {"samples": pairs})
         console.print(f"metrics: {records / METRICS_FILE}")
-    examined = before["info"]["examined"] if before else _examine(trainer, prepared, console)
+    examined = before["info"]["examined"] if before else _examine(trainer, samples)
     trainer.run_info["examined"] = loss_before, answer_before = examined
+    for callback in stopping:
+        callback.first_loss = loss_before
     with stop:
         try:
             trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
@@ -145,7 +170,7 @@ def run(
             console.print(str(stopped))
             console.file.flush()
             raise stopped
-        loss_after, answer_after = _examine(trainer, prepared, console)
+        loss_after, answer_after = _examine(trainer, samples)
         trainer.save_model(str(output / INCOMPLETE))
         checkpointer.close()
     if first_rank:
@@ -166,28 +191,36 @@ def run(
     )
 
 
-def prepare(recipe: Recipe, overwrite: bool) -> Prepared:
-    """Check the recipe against the machine, the checkpoint and the data; raises as `run` does, writes nothing."""
-    output, source = Path(recipe.train.output_dir), Path(recipe.model.name_or_path)
+def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
+    """Check the recipe against the machine, the checkpoint and the data; raises as `run` does, writes nothing.
+
+    A dry run takes the shapes of a model on the hub that cannot be had here from the preset of its name.
+    """
+    section = recipe.model
+    output, source = Path(recipe.train.output_dir), Path(section.name_or_path or section.config or "")
     check_output_folder(output, source, overwrite, "train.output_dir")
-    jsonl_files([*recipe.data.train, *(recipe.data.eval or [])])
-    config = load_config(recipe.model)
+    check_sources(recipe.data)
+    config, tokenizer, notes = load_config_and_tokenizer(section, stand_in=dry_run)
     recipe = resolve(recipe, config)
     section = recipe.model
+    if recipe.data.packing:
+        check_packing(config)
     load_kwargs: dict[str, Any] = {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code}
     if section.attn_implementation is not None:
         load_kwargs["attn_implementation"] = section.attn_implementation
     if section.backend:
         load_kwargs["backend"] = section.backend
     setup = DistributedSetup.of(recipe.distributed)
-    if recipe.distributed or setup.ranks > 1:
-        setup.check(num_routed_experts(config))
+    if dry_run and setup.ranks == 1:
+        check_experts(setup, config)  # the ranks are not here yet
+    elif recipe.distributed or setup.ranks > 1:
+        check_setup(setup, config)
         load_kwargs["distributed_setup"] = recipe.distributed
-    tokenizer = AutoTokenizer.from_pretrained(section.name_or_path, trust_remote_code=section.trust_remote_code)
     if recipe.data.chat_template is not None:
         tokenizer.chat_template = Path(recipe.data.chat_template).read_text(encoding="utf-8")
     assert recipe.data.max_length is not None
     data = load_data(recipe.data, tokenizer, recipe.data.max_length, config.get_text_config().vocab_size)
+    data.notes[:0] = notes
     lora = LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()) if recipe.lora else None
     checkpoint = find_checkpoint(recipe, data.counts, overwrite)
     arguments = training_arguments(recipe, data.eval is not None)
@@ -195,12 +228,18 @@ def prepare(recipe: Recipe, overwrite: bool) -> Prepared:
         data.notes.append(note)
     if note := restart_note():
         data.notes.append(note)
-    return Prepared(recipe, tokenizer, data, arguments, load_kwargs, lora, checkpoint)
+    return Prepared(recipe, config, tokenizer, data, arguments, load_kwargs, lora, checkpoint)
 
 
 def load_model(prepared: Prepared) -> PreTrainedModel:
     """The accelerated model, ready to train; ValueError when the checkpoint lacks some of its weights."""
     name = prepared.recipe.model.name_or_path
+    if name is None:
+        # Every rank draws the same weights.
+        torch.manual_seed(prepared.recipe.train.seed)
+        kwargs = {**prepared.load_kwargs, "dtype": getattr(torch, prepared.recipe.model.dtype)}
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(prepared.config, **kwargs)
+        return made
     model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **prepared.load_kwargs)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -211,92 +250,32 @@ def load_model(prepared: Prepared) -> PreTrainedModel:
     return model
 
 
-def _examine(trainer: SlipstreamTrainer, prepared: Prepared, console: Console) -> tuple[float | None, str | None]:
-    """Held-out loss and the answer to the sample prompt, both printed; None for what the recipe does not ask for."""
-    loss = answer = None
-    if prepared.data.eval is not None:
+def _observers(
+    prepared: Prepared, output: Path, console: Console
+) -> tuple[ProgressReport, Samples, list[EarlyStopping], StepGuard | None]:
+    """Who watches the run, as the recipe asks."""
+    train, section = prepared.recipe.train, prepared.recipe.eval
+    samples = Samples(section.sample_prompt or [], section.max_new_tokens, prepared.tokenizer, console)
+    stopping, guard = [], None
+    if section.early_stopping_patience is not None:
+        stopping = [EarlyStopping(section.early_stopping_patience, section.early_stopping_threshold, console)]
+    if train.on_bad_step != "ignore":
+        guard = StepGuard(train.on_bad_step, train.max_loss_spike, output, prepared.tokenizer, console.print)
+    return ProgressReport(console), samples, stopping, guard
+
+
+def _examine(trainer: SlipstreamTrainer, samples: Samples) -> tuple[float | None, str | None]:
+    """Held-out loss and the answer to the first sample prompt; None for what the recipe does not ask for."""
+    loss = None
+    if trainer.eval_dataset is not None:
         logged = trainer.state.log_history[-2:]  # a summary follows the last step's evaluation
         known = [entry for entry in logged if "eval_loss" in entry and entry["step"] == trainer.state.global_step]
         loss = (known[0] if known else trainer.evaluate())["eval_loss"]
-    section = prepared.recipe.eval
-    if section.sample_prompt is not None:
-        answer = answer_prompt(trainer.model, prepared.tokenizer, section.sample_prompt, section.max_new_tokens)
-        console.print(Text.assemble(("prompt: ", "bold"), section.sample_prompt))
-        console.print(Text.assemble(("answer: ", "bold"), answer))
+    answers = samples.answer(trainer.model, trainer.state.global_step)
     # A forward without a backward leaves FSDP2's last group gathered, and an optimizer made then would hold tensors
     # that are thrown away: lm_head and the last norm would not train.
     assert trainer.model is not None
     for module in trainer.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return loss, answer
-
-
-def answer_prompt(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
-    """The model's greedy answer, as a chat turn when the tokenizer has a chat template, else as a continuation."""
-    if tokenizer.chat_template is not None:
-        turn = [{"role": "user", "content": prompt}]
-        inputs: Any = tokenizer.apply_chat_template(
-            turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=inputs["input_ids"].to(model.device),
-            attention_mask=inputs["attention_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
-    model.train(was_training)
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-
-def _print_resolved(prepared: Prepared, console: Console, dry_run: bool) -> None:
-    recipe, data = prepared.recipe, prepared.data
-    if dry_run:
-        console.print(dump_recipe(recipe))
-    for note in data.notes:
-        console.print(f"note: {note}")
-    counts = data.counts
-    lines = [
-        f"model: {recipe.model.name_or_path} ({recipe.model.dtype})",
-        f"data: {counts.rows:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens / counts.tokens:.0%} trained; "
-        f"{len(data.train):,} rows to train on, {len(data.eval) if data.eval is not None else 0:,} held out",
-        f"train: {_describe_steps(recipe)} of {recipe.train.per_device_train_batch_size} x "
-        f"{recipe.train.gradient_accumulation_steps} rows a device, learning rate {recipe.train.learning_rate:g}, "
-        f"max_length {recipe.data.max_length}{', bfloat16 autocast' if recipe.train.bf16 else ''}",
-    ]
-    if prepared.checkpoint:
-        lines.append(f"continues from: {prepared.checkpoint}")
-    if counts.cut_rows:
-        lines.append(f"cut: {counts.cut_rows:,} rows to max_length, {counts.cut_tokens:,} tokens lost")
-    if counts.masked_rows:
-        lines.append(f"left out: {counts.masked_rows:,} rows without a token to train on")
-    console.print("\n".join(lines))
-    if dry_run:
-        sample = Text("first row, trained part marked:\n", style="bold")
-        for text, trained in trained_segments(data.train[0], prepared.tokenizer):
-            sample.append(f"⟦{text}⟧" if trained else text, style="green" if trained else "not bold dim")
-        console.print(sample)
-
-
-def _print_trainable(trainer: SlipstreamTrainer, console: Console) -> None:
-    """PEFT may or may not reach an architecture's experts; say which, since frozen experts look like bad learning."""
-    assert trainer.model is not None
-    sizes = [(name, weight.numel(), weight.requires_grad) for name, weight in trainer.model.named_parameters()]
-    trainable = sum(size for _, size, trains in sizes if trains)
-    experts = any(trains for name, _, trains in sizes if ".experts." in name)
-    frozen = not experts and any(".experts." in name for name, _, _ in sizes)
-    console.print(
-        f"LoRA: {trainable:,} of {sum(size for _, size, _ in sizes):,} parameters train"
-        f"{', experts included' * experts}{', experts stay frozen' * frozen}"
-    )
-
-
-def _describe_steps(recipe: Recipe) -> str:
-    if recipe.train.max_steps > 0:
-        return f"{recipe.train.max_steps} steps"
-    return f"{recipe.train.num_train_epochs:g} epochs"
+    return loss, answers[0] if answers else None

@@ -8,29 +8,30 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from slipstream import hf
 from slipstream.checkpoint.resume import Checkpointer, Resumed, load
+from slipstream.checkpoint.training_state import rng_state, set_rng_state
 from slipstream.loss import deferred_causal_lm_loss
-from slipstream.optim import AdamW
-from slipstream.train.data import IGNORE
-from slipstream.train.recipe import Recipe
+from slipstream.moe.balance import check_routers
+from slipstream.train.formats import IGNORE
+from slipstream.train.guards import BadStepError, StepGuard
+from slipstream.train.packing import Collator, count_tokens
+from slipstream.train.routers import Routers
+from slipstream.train.throughput import flops_per_token, mfu, peak_memory_gib
 
 TRAINER_STATE = "trainer_state.json"
-# Our optimizers' names in a recipe, and how they round.
-ROUNDINGS = {"slipstream_adamw": "stochastic", "slipstream_adamw_master": "master"}
 # What TRL and Transformers set on a model's config for the time of training.
 CHANGED_KEYS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
 
-class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
+class SlipstreamTrainer(hf.CheckpointHooks, hf.UpdateHook, SFTTrainer):
     """`SFTTrainer` on tokenized rows whose loss is the model's own, so that the logits are never built.
 
     TRL 1.16 puts a head of its own on the model (log-probabilities, entropy, accuracy), which would bypass the loss of
@@ -40,8 +41,11 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
     A callback that sets `control.should_save` has `checkpointer` save, also what was sharded at load time, for which
     Transformers has no checkpoints; `train(resume_from_checkpoint=folder)` continues from there.
 
+    A log of training has also what `docs/training.md` lists: speed, memory, and how the experts of each layer fare.
+
     Attributes:
         run_info: JSON data that every checkpoint carries.
+        routers: what is watched and changed of the model's routers.
         tokens: tokens trained on so far on all ranks, padding not counted.
         seconds: the time these took, evaluation not counted.
     """
@@ -50,7 +54,7 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
         self,
         model: PreTrainedModel,
         args: SFTConfig,
-        train_dataset: Dataset,
+        train_dataset: Dataset | IterableDataset,
         eval_dataset: Dataset | None,
         processing_class: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],
@@ -58,7 +62,13 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
         checkpointer: Checkpointer | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         z_loss: float = 0.0,
+        max_length: int = 0,
+        guard: StepGuard | None = None,
+        freeze_router: bool = False,
+        router_bias_update_rate: float = 0.0,
+        row_length: float = 0.0,
     ) -> None:
+        """`guard` judges each step before its update. `row_length` is the mean of the documents', for MFU."""
         config = model.config.get_text_config()
         loaded = [(c, key, getattr(c, key)) for c in (config, model.config) for key in CHANGED_KEYS if hasattr(c, key)]
         if args.router_aux_loss_coef is None and not getattr(config, "output_router_logits", False):
@@ -67,7 +77,7 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
             if not hasattr(model, "router_aux_loss_coef"):
                 raise ValueError(
                     f"train.router_aux_loss_coef={args.router_aux_loss_coef}: {type(model).__name__} has no "
-                    "load-balancing loss; leave it out"
+                    "load-balancing loss; leave it out, or balance by train.router_bias_update_rate"
                 )
             # The config is read only when the model is built.
             model.__dict__["router_aux_loss_coef"] = args.router_aux_loss_coef
@@ -76,13 +86,14 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
                 f"train.z_loss={z_loss}: only the fused loss has it, and {type(model).__name__} keeps Transformers' "
                 "(slipstream.describe says why); leave it out"
             )
+        check_routers(model, freeze_router, router_bias_update_rate)
         own_forward = model.__dict__.get("forward")
         pad, eos = processing_class.pad_token_id, processing_class.eos_token_id
         super().__init__(
             model=model,
             args=args,
-            data_collator=DataCollatorForLanguageModeling(
-                pad_token_id=next((i for i in (pad, eos) if i is not None), 0)
+            data_collator=Collator(
+                pad_token_id=next((i for i in (pad, eos) if i is not None), 0), max_length=max_length
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -107,6 +118,12 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
         self.checkpointer = checkpointer
         self.run_info: dict[str, Any] = {}
         self._resumed: Resumed | None = None
+        assert self.model is not None
+        self.guard = guard
+        self.routers = Routers(self.model, args.device, freeze_router, router_bias_update_rate)
+        self._row_length = row_length
+        self._flops: float | None = None
+        self._before_step: tuple[Tensor, Tensor, Any] | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(resume_from_checkpoint, str):
@@ -117,6 +134,8 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
                 load(Path(resume_from_checkpoint), self.model)
                 self.state = state
                 return None
+        assert self.model is not None
+        self._flops = flops_per_token(self.model, self._row_length) if self._row_length else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_checkpoint(self) -> None:
@@ -145,12 +164,67 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
         hf.set_unlogged_loss(self, sum(rank["loss"] for rank in ranks) / len(ranks), ranks[0]["logged_step"])
         if self._resumed.same_ranks or self.args.process_index == 0:
             self._new_tokens += sum(rank["new_tokens"] for rank in ranks)
+        if self.guard is not None:
+            self.guard.recent.extend(entry["loss"] for entry in self.state.log_history if "loss" in entry)
         self._resumed.restore_rng()
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if not self._clock:
             self._clock = time.perf_counter()
-        return super().training_step(*args, **kwargs)
+        if self.guard is not None:
+            if self.guard.at_first_batch:
+                self._before_step = hf.running_loss(self).clone(), self._new_tokens.clone(), rng_state()
+            self.guard.see(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.guard is not None:
+            self.guard.see_loss(loss)
+        return loss
+
+    def before_update(self, grad_norm: Tensor) -> None:
+        """Between backward and the update: the guard's verdict, router gradients for the log, and balancing."""
+        assert self.model is not None
+        if self.guard is not None and not self._is_good(grad_norm):
+            # An optimizer leaves parameters without gradients as they are.
+            self.model.zero_grad()
+            self.routers.forget()
+            return
+        will_log = (self.state.global_step + 1) % self.args.logging_steps == 0
+        self.routers.before_update(grad_norm, self.args.max_grad_norm, will_log)
+
+    def _is_good(self, grad_norm: Tensor) -> bool:
+        """Whether this step's update may be applied; all ranks decide from the same two numbers.
+
+        Raises: BadStepError where training has to end, once the state from before the step has been saved.
+        """
+        assert self.guard is not None
+        assert self._before_step is not None
+        assert self.lr_scheduler is not None
+        both = torch.stack([self.guard.loss().float(), torch.as_tensor(grad_norm).to(self.args.device).float()])
+        loss, norm = self.accelerator.reduce(both, "mean").tolist()
+        reason = self.guard.judge(loss, norm)
+        if reason is None:
+            self.guard.accept(loss)
+            return True
+        step, guard = self.state.global_step + 1, self.guard
+        running_loss, new_tokens, rng = self._before_step
+        hf.running_loss(self).copy_(running_loss)
+        facts = {"loss": loss, "grad_norm": norm, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+        where = f"step {step} was not applied: {reason}; its rows are in {guard.bad_folder(step)}"
+        if guard.reject(step, reason, self.args.process_index, facts):
+            self._new_tokens.copy_(new_tokens)
+            if self.state.global_step and self.checkpointer is not None:
+                set_rng_state(rng)
+                self.save_checkpoint()
+                self.checkpointer.close()
+            raise BadStepError(f"{where}; the same command with train.on_bad_step=skip goes on without this update")
+        # In the log it counts with the loss of the last good step.
+        hf.running_loss(self).add_(guard.recent[-1] if guard.recent else 0.0)
+        guard.tell(where)
+        return False
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of a micro-batch, without a walk over all parameters."""
+        return int(self._flops * inputs["input_ids"].numel()) if self._flops else 0
 
     def compute_loss(
         self,
@@ -160,7 +234,8 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Transformers' training loss (scalar), with the load-balancing term a mean over ranks and micro-batches."""
-        self._new_tokens += inputs["attention_mask"].sum()
+        self._new_tokens += count_tokens(inputs)
+        self.routers.see(inputs.get("attention_mask"))
         loss, outputs = Trainer.compute_loss(
             self, model, {**inputs, **self._model_kwargs(training=True)}, True, num_items_in_batch
         )
@@ -200,14 +275,26 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        by_layer: dict[str, float] = {}
         if "loss" in logs:
             now = time.perf_counter()
-            new = int(self.accelerator.reduce(self._new_tokens.clone(), "sum"))
+            facts = torch.tensor([0.0, peak_memory_gib(self.args.device)], dtype=torch.float64, device=self.args.device)
+            facts[0] = self._new_tokens
             self._new_tokens.zero_()
-            logs["tokens_per_second"] = round(new / (now - self._clock), 1)
+            everyone = self.accelerator.gather(facts).view(-1, 2)
+            new, memory = int(everyone[:, 0].sum()), float(everyone[:, 1].max())
+            speed = new / (now - self._clock)
             self.tokens, self.seconds, self._clock = self.tokens + new, self.seconds + now - self._clock, now
-            logs["tokens"] = self.tokens
-        super().log(logs, start_time)
+            logs |= {"tokens_per_second": round(speed, 1), "tokens": self.tokens, "memory_gib": round(memory, 2)}
+            used = mfu(speed, self._flops, self.args.device, len(everyone)) if self._flops else None
+            if used is not None:
+                logs["mfu"] = round(used, 4)
+            totals, by_layer = self.routers.health()
+            logs |= totals
+        super().log(logs | by_layer, start_time)
+        if by_layer:
+            # The history goes into every checkpoint; by layer it would be long.
+            self.state.log_history[-1] = {k: v for k, v in self.state.log_history[-1].items() if k not in by_layer}
 
     def _bare_optimizer(self) -> torch.optim.Optimizer:
         assert isinstance(self.optimizer, AcceleratedOptimizer)
@@ -217,40 +304,3 @@ class SlipstreamTrainer(hf.CheckpointHooks, SFTTrainer):
         router = {"output_router_logits": training and self.aux_loss_enabled} if self._router_kwarg else {}
         z_loss = {"z_loss": self.z_loss} if training and self.z_loss else {}
         return {"use_cache": False, **router, **z_loss}
-
-
-def training_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
-    """TRL's arguments for a resolved recipe.
-
-    Raises: ValueError for what Transformers does not know or this machine cannot do (`optim`, `report_to`, `bf16`).
-    """
-    values = recipe.train.model_dump()
-    if values["optim"] in ROUNDINGS:
-        del values["optim"]  # Transformers knows its own only, and `own_optimizer` goes before its default
-    eval_steps = values.pop("eval_steps")
-    del values["z_loss"]  # ours, not TRL's: it goes to SlipstreamTrainer
-    return SFTConfig(
-        **values,
-        eval_strategy="steps" if eval_steps and has_eval else "no",
-        eval_steps=eval_steps,
-        save_strategy="no",
-        max_length=None,  # rows come cut to length
-        dataset_kwargs={"skip_prepare_dataset": True},
-        use_cpu=not torch.accelerator.is_available(),  # without it torchrun's ranks train apart on a CPU
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        disable_tqdm=True,
-    )
-
-
-def own_optimizer(recipe: Recipe) -> tuple[type[AdamW], dict[str, Any]] | None:
-    """Our optimizer and its arguments where the recipe names it, as `Trainer` takes them, else None."""
-    section = recipe.train
-    if section.optim not in ROUNDINGS:
-        return None
-    return AdamW, {
-        "lr": section.learning_rate,
-        "betas": (section.adam_beta1, section.adam_beta2),
-        "eps": section.adam_epsilon,
-        "rounding": ROUNDINGS[section.optim],
-        "seed": section.seed,
-    }

@@ -113,7 +113,7 @@ def test_settings_that_do_not_fit(tmp_path: Path, checkpoint: Path, refused: Ref
     recipe = write_recipe(tmp_path, checkpoint)
     assert "ep_size=3 does not divide 4 experts" in refused(recipe, "distributed.ep_size=3")
     assert "BackendConfig(experts='magic'): use one of" in refused(recipe, "model.backend.experts=magic")
-    assert "sdg is not a valid OptimizerNames" in refused(recipe, "train.optim=sdg")
+    assert "train.optim: no optimizer 'sdg'; did you mean 'sgd'?" in refused(recipe, "train.optim=sdg")
     assert "no such data file" in refused(recipe, "data.train=nowhere.jsonl")
     assert "NOWHERE" in refused(recipe, "lora.target_modules=[NOWHERE]")
 

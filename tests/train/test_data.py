@@ -8,7 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen3_chat_template
 
-from slipstream.train.data import IGNORE, TokenizedData, encode, load_data, trained_segments
+from slipstream.train.data import TokenizedData, load_data
+from slipstream.train.formats import IGNORE, KNOWN
+from slipstream.train.masking import encode, trained_segments
 from slipstream.train.recipe import DataSection
 from tests.train.tiny_chat import CHATML, CHATML_MARKED, CONVERSATIONS, make_tokenizer, write_jsonl
 
@@ -29,7 +31,10 @@ def load(
     [
         ('{"messages": [', "not valid JSON: Expecting value (column 15)"),
         ("[1]", "a line must be one JSON object, not a list"),
-        ('{"conversation": []}', "needs 'messages', 'prompt' and 'completion', or 'text'; has 'conversation'"),
+        (
+            '{"conversation": []}',
+            f"needs {KNOWN}; has 'conversation'",
+        ),
         ('{"messages": "hi"}', "'messages' must be a list, not a string"),
         ('{"messages": []}', "'messages' is empty"),
         ('{"messages": ["hi"]}', "messages[0] must be an object with 'role' and 'content', not a string"),
@@ -38,7 +43,7 @@ def load(
         ('{"messages": [{"role": "user", "content": ""}]}', "messages[0]: 'content' is empty"),
         (
             '{"messages": [{"role": "gpt", "content": "hi"}]}',
-            "messages[0]: role 'gpt' is not one of system, user, assistant",
+            "messages[0]: role 'gpt' is not one of system, user, assistant, tool",
         ),
         ('{"prompt": "a"}', "'completion' is missing beside 'prompt'"),
         ('{"text": 3}', "'text' must be a string, not a number"),
@@ -161,3 +166,70 @@ def test_folders_and_held_out_rows(tmp_path: Path, tokenizer: PreTrainedTokenize
         load(tokenizer, write_jsonl(tmp_path / "one.jsonl", [ANSWERED]), eval_fraction=0.5)
     with pytest.raises(ValueError, match="no such data file"):
         load(tokenizer, tmp_path / "none.jsonl")
+
+
+def test_weights_mix_sources_and_no_row_is_on_both_sides(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", [{"text": f"few {i}"} for i in range(20)])
+    many = write_jsonl(tmp_path / "many.jsonl", [{"text": f"many {i}"} for i in range(200)])
+    sources = [{"path": str(few), "weight": 3}, {"path": str(many), "weight": 1}]
+    data = load(tokenizer, train=sources, eval_fraction=0.1)
+    assert data.eval is not None
+    train, held_out = ([tokenizer.decode(ids) for ids in part["input_ids"]] for part in (data.train, data.eval))
+    assert (sum("few" in text for text in held_out), len(held_out)) == (2, 22)
+    assert not set(train) & set(held_out)
+    assert len(set(train)) == 198  # each row is seen, those of the small source again and again
+    assert sum("few" in text for text in train) / len(train) == pytest.approx(0.75, abs=0.05)
+    assert load(tokenizer, train=sources, eval_fraction=0.1).train[:] == data.train[:]
+
+
+@pytest.mark.parametrize(("excess", "kept"), [("truncate", [4, 8]), ("drop", [4]), ("split", [4, 8, 8, 5])])
+def test_rows_that_are_too_long(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, excess: str, kept: list[int]
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"input_ids": list(range(4))}, {"input_ids": list(range(21))}])
+    data = load(tokenizer, path, max_length=8, excess_length=excess)
+    assert [len(ids) for ids in data.train["input_ids"]] == kept
+    counts = data.counts
+    expected = {"truncate": (1, 13, 0, 0), "drop": (0, 0, 1, 0), "split": (0, 0, 0, 1)}[excess]
+    assert (counts.cut_rows, counts.cut_tokens, counts.dropped_rows, counts.split_rows) == expected
+    if excess == "split":
+        assert [i for ids in data.train["input_ids"][1:] for i in ids] == list(range(21))
+
+
+def test_bad_rows_are_left_out_on_request(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    refusing = "{% if messages[0].role != 'user' %}{{ raise_exception('no user') }}{% endif %}"
+    tokenizer.chat_template = refusing + CHATML
+    rows = [{"messages": turns} for turns in (CONVERSATIONS[0][1:3], CONVERSATIONS[1])]
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, "{"])
+    data = load(tokenizer, path, on_bad_row="skip")
+    assert (data.counts.rows, data.counts.bad_rows) == (1, 2)
+    assert data.bad_rows == [
+        (f"{path}:3", "not valid JSON: Expecting property name enclosed in double quotes (column 2)"),
+        (f"{path}:2", "no user"),
+    ]
+    assert data.notes[-1] == "2 bad rows were left out; data.json lists them"
+    write_jsonl(path, ["{", "["])
+    with pytest.raises(ValueError, match=r"all 2 rows are bad, the first at .*:1: not valid JSON"):
+        load(tokenizer, path, on_bad_row="skip")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_gives_the_rows_again_and_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slipstream.train.data.SHUFFLED", 30)
+    monkeypatch.setattr("slipstream.train.packing.PACKED_AT_ONCE", 30)
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(6)]) for name in "ab"]
+    data = load(tokenizer, *paths, streaming=True, packing=packing)
+    whole = load(tokenizer, *paths)
+    assert data.counts == whole.counts
+
+    def first(number: int) -> list[str]:
+        rows = [row for row, _ in zip(data.train, range(number), strict=False)]
+        return [text for row in rows for text in tokenizer.decode(row["input_ids"]).split("<|im_end|>") if text]
+
+    texts = first(4 if packing else 40)
+    assert {tokenizer.decode(ids).removesuffix("<|im_end|>") for ids in whole.train["input_ids"]} >= set(texts)
+    assert len(texts) >= 40
+    assert texts == first(4 if packing else 40)

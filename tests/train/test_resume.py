@@ -87,7 +87,11 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     """What was logged, without the times."""
     lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
     kept = ("step", "loss", "grad_norm", "learning_rate", "tokens", "eval_loss", "epoch")
-    return [{key: line[key] for key in kept if key in line} for line in lines if "train_runtime" not in line]
+    return [
+        {key: line[key] for key in kept if key in line}
+        for line in lines
+        if not {"train_runtime", "samples"} & set(line)
+    ]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slipstream.checkpoint.output import publish
 from slipstream.loss import DeferredLogits
-from slipstream.train.data import IGNORE
+from slipstream.train.formats import IGNORE
 from slipstream.train.recipe_file import load_recipe
 from slipstream.train.run import RunResult, prepare, run
 from slipstream.train.trainer import SlipstreamTrainer
@@ -89,7 +89,7 @@ def test_an_epoch_learns_and_says_so(epoch: tuple[Path, RunResult]) -> None:
     screen = (folder / "screen").read_text()
     assert "step 3/4  loss " in screen
     assert f"step 4/4  held-out loss {result.eval_loss_after:.4f}" in screen
-    assert screen.count("answer: ") == 2
+    assert screen.count("answer: ") == 3  # at each evaluation
 
 
 def test_saved_model_is_transformers_own(epoch: tuple[Path, RunResult], checkpoint: Path) -> None:

@@ -1,0 +1,288 @@
+"""Memory of a training step on one GPU, by part, from a model's shape alone.
+
+Three moments can be the fullest: the loss (all activations are there, and the head's gradient in fp32), a layer's
+backward (the activations up to it, the gradients behind it, what the layer needs in between), and the end of backward
+(all gradients). Bytes are those that PyTorch's allocator hands out; CUDA's own memory and fragmentation come on top.
+
+Dims: T tokens of a GPU's step, H hidden, V vocabulary, K experts per token.
+"""
+
+from dataclasses import dataclass, replace
+from math import comb
+
+from slipstream.linear_cross_entropy import CHUNK_TOKENS
+from slipstream.planning.activations import Experts, Layer, Shape
+
+GIB = 2**30
+
+# Bytes of state a parameter, for weights of 2 and of 4 bytes. By Transformers' names for `optim`, and ours.
+OPTIMIZERS: dict[str, tuple[float, float]] = {
+    "slipstream_adamw": (4, 8),
+    "slipstream_adamw_master": (6, 8),
+    "adamw_torch_fused": (4, 8),
+    "adamw_torch": (4, 8),
+    "adamw_torch_8bit": (2.06, 2.06),  # torchao: a scale for every 256 values
+    "adamw_torch_4bit": (1.06, 1.06),
+    "adamw_8bit": (2.06, 2.06),
+    "adamw_bnb_8bit": (2.06, 2.06),
+    "adafactor": (0, 0),  # a row and a column of each matrix
+    "sgd": (0, 0),
+    "lion_32bit": (4, 4),
+    "lion_8bit": (1.03, 1.03),
+}
+# Bytes a logit where the loss is Transformers': bf16, fp32 and their gradients. Measured: 32.5 GiB at 16,384 x 151,936
+# (benchmarks/NOTES.md, "linear cross-entropy without wasted passes").
+BYTES_A_LOGIT = 14
+# CUDA's context and NCCL's buffers, and the share that the allocator cannot use. Not measured.
+CONTEXT_GIB, FRAGMENTATION = 1.5, 0.03
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job of `gpus` trains: what of `Recipe` and `DistributedSetup` its memory and speed depend on.
+
+    Attributes:
+        weight_bytes: of a stored weight, 2 or 4.
+        compute_bytes: of an activation, 2 or 4.
+        lora_rank: of the adapters where they alone train.
+        accumulation: micro-batches of an optimizer step.
+        compiled: the decoder layers are.
+        dispatcher: "all_to_all" or "all_gather".
+        per_host: GPUs of one host.
+    """
+
+    gpus: int = 1
+    ep_size: int = 1
+    dp_replicate: int = 1
+    micro_batch: int = 1
+    seq_len: int = 4096
+    checkpointing: str = "none"
+    optimizer: str = "slipstream_adamw"
+    weight_bytes: int = 2
+    compute_bytes: int = 2
+    lora_rank: int | None = None
+    accumulation: int = 1
+    compiled: bool = True
+    fused_loss: bool = True
+    dispatcher: str = "all_to_all"
+    reshard_after_forward: bool = True
+    per_host: int = 8
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.seq_len
+
+    @property
+    def shards(self) -> int:
+        """GPUs that a weight is split over."""
+        return self.gpus // self.dp_replicate
+
+    @property
+    def efsdp(self) -> int:
+        """GPUs of a replica that hold the same experts."""
+        return self.shards // self.ep_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of one GPU at the fullest moment.
+
+    Attributes:
+        parts: name -> GiB; their sum is the peak that `torch.cuda.max_memory_allocated` would give.
+        moment: when that is.
+        activations_gib: of all layers, with the rows that came from other ranks, whether all are there then or not.
+        gradients_gib: of all parameters, the same.
+    """
+
+    parts: dict[str, float]
+    moment: str
+    activations_gib: float = 0.0
+    gradients_gib: float = 0.0
+
+    @property
+    def peak_gib(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def needed_gib(self) -> float:
+        """What the GPU must have: the peak, CUDA's own memory and what fragmentation wastes."""
+        return self.peak_gib * (1 + FRAGMENTATION) + CONTEXT_GIB
+
+
+def step_memory(shape: Shape, layout: Layout) -> Memory:
+    """Memory of the fullest moment of a step.
+
+    Raises:
+        ValueError: an optimizer that is not in `OPTIMIZERS`.
+    """
+    if layout.optimizer not in OPTIMIZERS:
+        raise ValueError(f"train.optim={layout.optimizer}: its memory is not known; use one of {', '.join(OPTIMIZERS)}")
+    tokens, shards, width = layout.tokens, layout.shards, layout.weight_bytes
+    steady = {
+        "dense weights": shape.dense * width / shards,
+        "expert weights": shape.routed * width / shards,
+        "optimizer": _optimizer_bytes(shape, layout) / shards,
+    }
+    if layout.lora_rank is not None:
+        steady["adapters"] = 4 * adapter_parameters(shape, layout.lora_rank) / shards
+    if width > layout.compute_bytes:
+        # Autocast's copies, which backward needs: an expert's of its owner, a dense weight's whole.
+        steady["16-bit copies"] = layout.compute_bytes * (shape.dense + shape.routed / layout.ep_size)
+    if not layout.reshard_after_forward and shards > 1:
+        steady["gathered weights"] = width * shape.dense
+
+    gradients = [_gradient_bytes(layer.dense + layer.routed, layout) / shards for layer in shape.layers]
+    # The head's comes first and the embedding's last, unless they are one.
+    last = _gradient_bytes(shape.embedding if shape.head else 0, layout) / shards
+    first = _gradient_bytes((shape.head or shape.embedding) + shape.rest, layout) / shards
+    if layout.lora_rank is not None:
+        first = 4 * adapter_parameters(shape, layout.lora_rank) / shards
+    every_gradient = first + sum(gradients) + last
+    kept = [_kept(layer, layout) for layer in shape.layers]
+    sent = [_received_rows(layer.experts, layout) for layer in shape.layers]
+    outside = shape.kept_outside * tokens * layout.compute_bytes / 2
+    head_bytes = width * shape.vocabulary * shape.hidden
+
+    moments = [
+        _moment(
+            "the loss",
+            steady,
+            {
+                "gradients": every_gradient if layout.accumulation > 1 else 0,
+                "activations": sum(kept) + outside,
+                "dispatched rows": sum(sent),
+                "loss": loss_bytes(shape, layout),
+                "gathered weights": head_bytes if shards > 1 else 0,
+            },
+        )
+    ]
+    after_loss = tokens * shape.hidden * layout.compute_bytes
+    for number, layer in enumerate(shape.layers):
+        following = shape.layers[number - 1] if number else layer
+        moments.append(
+            _moment(
+                f"the backward of layer {number}",
+                steady,
+                {
+                    "gradients": every_gradient if layout.accumulation > 1 else first + sum(gradients[number:]),
+                    "activations": sum(kept[: number + 1]) + outside,
+                    "dispatched rows": sum(sent[: number + 1]),
+                    "loss": after_loss,
+                    "gathered weights": _gathered(layer, following, layout),
+                    "backward of a layer": _in_between(layer, layout),
+                },
+            )
+        )
+    embedding = 2 * _gradient_bytes(shape.embedding, layout) if shards > 1 or layout.accumulation > 1 else 0
+    moments.append(
+        _moment("the end of backward", steady, {"gradients": every_gradient, "backward of a layer": embedding})
+    )
+    fullest = max(moments, key=lambda moment: moment.peak_gib)
+    return replace(fullest, activations_gib=(sum(kept) + sum(sent) + outside) / GIB, gradients_gib=every_gradient / GIB)
+
+
+def adapter_parameters(shape: Shape, rank: int) -> int:
+    """LoRA's (Hu et al. 2021, arXiv 2106.09685): two matrices a linear layer."""
+    return rank * sum(module.inputs + module.outputs for module in shape.linears)
+
+
+def ranks_a_token(experts: Experts, ep_size: int) -> float:
+    """To how many of `ep_size` ranks a token's K experts spread, on average, if any K are as likely.
+
+    >>> round(ranks_a_token(Experts(128, 8), 8), 2)
+    5.31
+    """
+    here = experts.number // ep_size
+    none_here = comb(experts.number - here, experts.top_k) / comb(experts.number, experts.top_k)
+    return ep_size * (1 - none_here)
+
+
+def _moment(name: str, *parts: dict[str, float]) -> Memory:
+    total: dict[str, float] = {}
+    for group in parts:
+        for key, value in group.items():
+            total[key] = total.get(key, 0) + value / GIB
+    return Memory({key: value for key, value in total.items() if value}, name)
+
+
+def _optimizer_bytes(shape: Shape, layout: Layout) -> float:
+    of_2, of_4 = OPTIMIZERS[layout.optimizer]
+    if layout.lora_rank is not None:
+        return of_4 * adapter_parameters(shape, layout.lora_rank)  # PEFT keeps them in fp32
+    return (of_2 if layout.weight_bytes == 2 else of_4) * (shape.dense + shape.routed)
+
+
+def _gradient_bytes(parameters: float, layout: Layout) -> float:
+    return 0.0 if layout.lora_rank is not None else parameters * layout.weight_bytes
+
+
+def _kept(layer: Layer, layout: Layout) -> float:
+    if layout.checkpointing == "full":
+        a_token = layer.came_in
+    elif layout.checkpointing == "selective" or layout.compiled:
+        a_token = layer.kept
+    else:
+        a_token = layer.kept_eager
+    more = 0.0 if layout.checkpointing == "full" else foreign_slots(layer.experts, layout) * layer.experts.up
+    return a_token * layout.tokens * layout.compute_bytes / 2 + more * layout.compute_bytes
+
+
+def foreign_slots(experts: Experts, layout: Layout) -> int:
+    """Rows that the experts' buffers hold for other ranks' experts: all-gather brings every choice to every rank."""
+    others = layout.ep_size - 1 if layout.dispatcher == "all_gather" else 0
+    return others * layout.tokens * experts.top_k
+
+
+def _rows(experts: Experts, layout: Layout) -> float:
+    """Rows that a GPU receives from all of its group, itself included."""
+    if layout.ep_size == 1 or not experts.number:
+        return 0.0
+    if layout.dispatcher == "all_gather":
+        return float(layout.ep_size * layout.tokens)
+    return ranks_a_token(experts, layout.ep_size) * layout.tokens
+
+
+def _received_rows(experts: Experts, layout: Layout) -> float:
+    """What the experts' backward keeps of the rows that came from other ranks."""
+    return 0.0 if layout.checkpointing == "full" else _rows(experts, layout) * experts.hidden * layout.compute_bytes
+
+
+def _in_between(layer: Layer, layout: Layout) -> float:
+    """What a layer's backward needs besides what it reads and leaves."""
+    experts, tokens, width = layer.experts, layout.tokens, layout.compute_bytes
+    slots = tokens * experts.top_k + foreign_slots(experts, layout)
+    # Gathered gradient and input rows, the pre-activation's gradient and the weighted activation.
+    mlp: float = slots * (2 * experts.hidden + experts.up + experts.inner) * width
+    mlp += 2 * _rows(experts, layout) * experts.hidden * width
+    largest = max(mlp, layer.widest * tokens * width / 2)
+    if layout.checkpointing == "full":
+        kept = layer.kept if layout.compiled else layer.kept_eager
+        largest += kept * tokens * width / 2 + _rows(experts, layout) * experts.hidden * width
+    return largest
+
+
+def _gathered(layer: Layer, following: Layer, layout: Layout) -> float:
+    """FSDP2's buffers: the weights of this layer and the next, its whole gradients, and their copy to be reduced."""
+    if layout.shards == 1:
+        return 0.0
+    weights: float = layer.dense + (following.dense if layout.reshard_after_forward else 0)
+    gradients: float = layer.dense
+    if layout.efsdp > 1:
+        weights += (layer.routed + following.routed) / layout.ep_size
+        gradients += layer.routed / layout.ep_size
+    return weights * layout.weight_bytes + 2 * _gradient_bytes(gradients, layout)
+
+
+def loss_bytes(shape: Shape, layout: Layout) -> float:
+    """The most that the loss needs: a chunk's logits and the head's gradient (`linear_cross_entropy`)."""
+    tokens, head = layout.tokens, shape.vocabulary * shape.hidden
+    if not layout.fused_loss:
+        return float(BYTES_A_LOGIT * tokens * shape.vocabulary)
+    logits = min(tokens, CHUNK_TOKENS) * shape.vocabulary * layout.compute_bytes
+    hidden = tokens * shape.hidden * layout.compute_bytes
+    if layout.lora_rank is not None:
+        return float(logits + hidden)
+    if tokens <= CHUNK_TOKENS:
+        return float(logits + hidden + head * layout.compute_bytes)
+    # Summed in fp32 over the chunks; its copy in 16 bits comes when the logits are gone.
+    return float(hidden + max(4 * head + logits, (4 + layout.compute_bytes) * head))

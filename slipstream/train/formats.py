@@ -1,0 +1,181 @@
+"""The forms that rows of training data come in, each brought to one of four, and what is wrong with a bad one.
+
+| form | keys | trained on |
+|---|---|---|
+| messages | `messages`: `role` and `content` each; `tools` if any | what the assistant says |
+| ShareGPT | `conversations`: `from` and `value` each; `system` if any | what the assistant says |
+| Alpaca | `instruction`, `output`; `input`, `system` if any | the output |
+| prompt/completion | `prompt`, `completion` | the completion |
+| text | `text` | everything |
+| pre-tokenised | `input_ids`; `labels` if any, -100 where not trained | the labels, or everything |
+
+A row may have other keys too.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+IGNORE = -100
+ROLES = ("system", "user", "assistant", "tool")
+# ShareGPT's `from`.
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+            **{role: role for role in ROLES}}  # fmt: skip
+# For models without a chat template (Taori et al. 2023, Stanford Alpaca).
+ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+KNOWN = "'messages', 'conversations', 'instruction' and 'output', 'prompt' and 'completion', 'text', or 'input_ids'"
+
+
+def read_row(row: Any, chat: bool) -> dict[str, Any]:
+    """A row of any form as `messages` (and `tools`), `prompt` and `completion`, `text`, or `input_ids` and `labels`.
+
+    Args:
+        row: what a line of a file held.
+        chat: whether there is a chat template; without it, Alpaca's rows become `prompt` and `completion`.
+
+    Raises: ValueError saying what is wrong with the row.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a line must be one JSON object, not {kind(row)}")
+    if "input_ids" in row:
+        return _tokens(row)
+    for key in ("messages", "conversations"):
+        if key in row:
+            return _conversation(row, key)
+    if "instruction" in row:
+        return _alpaca(row, chat)
+    keys = ("text",) if "text" in row else ("prompt", "completion")
+    if not any(key in row for key in keys):
+        raise ValueError(f"needs {KNOWN}; has {', '.join(map(repr, row)) or 'nothing'}")
+    return {key: _string(row, key, keys) for key in keys}
+
+
+def kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _string(row: dict[str, Any], key: str, beside: tuple[str, ...]) -> str:
+    if key not in row:
+        raise ValueError(f"{key!r} is missing beside {next(k for k in beside if k in row)!r}")
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key!r} must be a string, not {kind(row[key])}")
+    if not row[key]:
+        raise ValueError(f"{key!r} is empty")
+    return str(row[key])
+
+
+def _alpaca(row: dict[str, Any], chat: bool) -> dict[str, Any]:
+    instruction, output = (_string(row, key, ("instruction", "output")) for key in ("instruction", "output"))
+    extra = {key: row.get(key) or "" for key in ("input", "system")}
+    for key, value in extra.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{key!r} must be a string, not {kind(value)}")
+    if not chat:
+        given = f"### Input:\n{extra['input']}\n\n" if extra["input"] else ""
+        paired = ", paired with an input that provides further context" if given else ""
+        system = f"{extra['system']}\n\n" if extra["system"] else ""
+        return {"prompt": system + ALPACA.format(instruction=instruction, input=given, paired=paired),
+                "completion": output}  # fmt: skip
+    system_turn = [{"role": "system", "content": extra["system"]}] if extra["system"] else []
+    question = f"{instruction}\n\n{extra['input']}" if extra["input"] else instruction
+    return {
+        "messages": [
+            *system_turn,
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": output},
+        ]
+    }
+
+
+def _conversation(row: dict[str, Any], key: str) -> dict[str, Any]:
+    turns = row[key]
+    if not isinstance(turns, list):
+        raise ValueError(f"{key!r} must be a list, not {kind(turns)}")
+    if not turns:
+        raise ValueError(f"{key!r} is empty")
+    messages = [_turn(turn, f"{key}[{index}]") for index, turn in enumerate(turns)]
+    system = row.get("system")
+    if key == "conversations" and isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return {"messages": messages, **({"tools": row["tools"]} if row.get("tools") else {})}
+
+
+def _turn(turn: Any, where: str) -> dict[str, Any]:
+    """One message with `role`, `content`, and `tool_calls` if the assistant makes any."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"{where} must be an object with 'role' and 'content', not {kind(turn)}")
+    speaker, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    calls = turn.get("tool_calls") or None
+    for key in (speaker, content):
+        if key not in turn and not (key == content and calls):
+            raise ValueError(f"{where}: {key!r} is missing")
+        if not isinstance(turn.get(key), str) and not (key == content and calls and turn.get(key) is None):
+            raise ValueError(f"{where}: {key!r} must be a string, not {kind(turn[key])}")
+    roles = SPEAKERS if speaker == "from" else {role: role for role in ROLES}
+    if turn[speaker] not in roles:
+        raise ValueError(f"{where}: {speaker} {turn[speaker]!r} is not one of {', '.join(roles)}")
+    role = roles[turn[speaker]]
+    if not turn.get(content) and role in ("user", "assistant") and not calls:
+        raise ValueError(f"{where}: {content!r} is empty")
+    return {"role": role, "content": turn.get(content) or "", **({"tool_calls": calls} if calls else {})}
+
+
+def _tokens(row: dict[str, Any]) -> dict[str, Any]:
+    ids, labels = row["input_ids"], row.get("labels")
+    for key, values in (("input_ids", ids), ("labels", labels)):
+        if values is None and key == "labels":
+            continue
+        if not isinstance(values, list):
+            raise ValueError(f"{key!r} must be a list, not {kind(values)}")
+        if any(type(value) is not int for value in values):
+            raise ValueError(f"{key!r} must hold whole numbers")
+    if not ids:
+        raise ValueError("'input_ids' is empty")
+    if min(ids) < 0:
+        raise ValueError(f"'input_ids' holds {min(ids)}; ids are 0 or more")
+    if labels is not None:
+        if len(labels) != len(ids):
+            raise ValueError(f"'labels' has {len(labels)} entries and 'input_ids' {len(ids)}; they go together")
+        pairs = enumerate(zip(ids, labels, strict=True))
+        wrong = next((index for index, (token, label) in pairs if label not in (token, IGNORE)), None)
+        if wrong is not None:
+            raise ValueError(f"labels[{wrong}] is {labels[wrong]}; a label is the id itself ({ids[wrong]}) or {IGNORE}")
+    return {"input_ids": ids, "labels": labels}
+
+
+class RowMap:
+    """`data.map` of a recipe: a row made by Jinja templates over the columns of another.
+
+    Example: `{"prompt": "{{ ctx }}", "completion": " {{ endings[label | int] }}"}` for HellaSwag.
+    """
+
+    def __init__(self, templates: Mapping[str, str]) -> None:
+        """Raises: ValueError for a template that is not valid Jinja."""
+        environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        self.templates: dict[str, Template] = {}
+        for key, text in templates.items():
+            try:
+                self.templates[key] = environment.from_string(text)
+            except TemplateError as error:
+                raise ValueError(f"data.map.{key}: not a valid Jinja template: {error}") from error
+
+    def __call__(self, row: Any) -> dict[str, Any]:
+        """Raises: ValueError where the row lacks a column or has it of another type."""
+        if not isinstance(row, dict):
+            raise ValueError(f"a line must be one JSON object, not {kind(row)}")
+        made = {}
+        for key, template in self.templates.items():
+            try:
+                made[key] = template.render(row)
+            except (TemplateError, TypeError, ValueError, LookupError) as error:
+                raise ValueError(f"data.map.{key}: {error} (columns: {', '.join(row)})") from error
+        if "user" not in made:
+            return made
+        roles = [role for role in ("system", "user", "assistant") if made.get(role)]
+        return {"messages": [{"role": role, "content": made[role]} for role in roles]}

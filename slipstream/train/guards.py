@@ -1,0 +1,146 @@
+"""Looks at each step before its update is applied: a loss or gradient that is not finite, or a loss that jumps.
+
+The host waits for the device once a step, when backward is done; the update itself then runs beside the next step.
+"""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from slipstream.train.formats import IGNORE
+
+Action = Literal["stop", "skip"]
+RECENT = 50  # steps whose median a step is compared with
+ENOUGH = 10  # steps before anything is called a jump; and bad steps in a row after which "skip" stops
+KEPT = ("input_ids", "labels", "attention_mask", "position_ids")
+
+
+class BadStepError(ValueError):
+    """A step was not fit to be applied; the weights are those from before it."""
+
+
+class StepGuard:
+    """Judges a step from its loss and its gradients' norm, and writes down the batch of a bad one.
+
+    Args:
+        action: "stop" ends training before the update; "skip" leaves the update out and goes on, until `ENOUGH` steps
+            in a row were bad.
+        max_loss_spike: a loss over so many times the median of the last `RECENT` steps is bad; None: only what is not
+            finite.
+        folder: gets a folder `bad-step-000123` for each bad step.
+        tokenizer: to write the batch as text too.
+        tell: called with what was skipped.
+    """
+
+    def __init__(
+        self,
+        action: Action,
+        max_loss_spike: float | None,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.action, self.max_loss_spike, self.folder = action, max_loss_spike, folder
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.tell = tell
+        self._tokenizer = tokenizer
+        self._bad_in_a_row = 0
+        self._batches: list[dict[str, Tensor]] = []
+        self._losses: list[Tensor] = []
+
+    @property
+    def at_first_batch(self) -> bool:
+        """Whether no micro-batch of this step was seen yet."""
+        return not self._batches
+
+    def see(self, inputs: dict[str, Any]) -> None:
+        """Remember a micro-batch until its step is judged."""
+        self._batches.append({key: inputs[key] for key in KEPT if isinstance(inputs.get(key), Tensor)})
+
+    def see_loss(self, loss: Tensor) -> None:
+        """Its loss, a scalar on the device: its share of the step's."""
+        self._losses.append(loss.detach())
+
+    def loss(self) -> Tensor:
+        """This rank's loss of the step so far."""
+        return torch.stack(self._losses).sum()
+
+    def judge(self, loss: float, grad_norm: float) -> str | None:
+        """What is wrong with a step, or None; loss and norm are those of all ranks, so that all decide alike."""
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        if not math.isfinite(grad_norm):
+            return f"the norm of its gradients is {grad_norm} (its loss, {loss:.4f}, is finite)"
+        if self.max_loss_spike is not None and len(self.recent) >= ENOUGH:
+            usual = statistics.median(self.recent)
+            if loss > self.max_loss_spike * usual:
+                return (
+                    f"its loss is {loss:.4f}, more than {self.max_loss_spike:g} times {usual:.4f}, "
+                    f"the median of the last {len(self.recent)} steps"
+                )
+        return None
+
+    def accept(self, loss: float) -> None:
+        """The step is good."""
+        self.recent.append(loss)
+        self._bad_in_a_row = 0
+        self._forget()
+
+    def reject(self, step: int, reason: str, rank: int, facts: dict[str, Any]) -> bool:
+        """Write the step's batch down; whether training has to stop.
+
+        Every rank writes its own rows, in the pre-tokenised form that `data.train` takes: `rank-0.jsonl`. Rank 0 adds
+        `step.json`: what was wrong, and `facts`.
+        """
+        path = self.bad_folder(step)
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / f"rank-{rank}.jsonl").open("w", encoding="utf-8") as file:
+            for number, (batch, loss) in enumerate(zip(self._batches, self._losses, strict=True)):
+                for row in _rows(batch):
+                    text = self._tokenizer.decode(row["input_ids"])
+                    line = {**row, "text": text, "micro_batch": number, "micro_batch_loss": loss.item()}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if rank == 0:
+            record = {"step": step, "reason": reason, **facts, "recent_losses": list(self.recent)}
+            (path / "step.json").write_text(json.dumps(record, indent=2) + "\n")
+        self._bad_in_a_row += 1
+        self._forget()
+        return self.action == "stop" or self._bad_in_a_row >= ENOUGH
+
+    def bad_folder(self, step: int) -> Path:
+        """Where the batch of a bad step is written."""
+        return self.folder / f"bad-step-{step:06d}"
+
+    def _forget(self) -> None:
+        self._batches.clear()
+        self._losses.clear()
+
+
+def _rows(batch: dict[str, Tensor]) -> list[dict[str, list[int]]]:
+    """The documents of a micro-batch without padding, ids and labels."""
+    rows = []
+    tensors = {key: batch[key].cpu() for key in batch}
+    for index in range(len(tensors["input_ids"])):
+        row = {key: tensor[index] for key, tensor in tensors.items() if tensor.shape == tensors["input_ids"].shape}
+        ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
+        if "attention_mask" in row:
+            ids, labels = ids[row["attention_mask"].bool()], labels[row["attention_mask"].bool()]
+            parts = [(ids, labels)]
+        elif "position_ids" in row:
+            # Packed: a document begins where positions do.
+            sizes = torch.diff(torch.cat([(row["position_ids"] == 0).nonzero()[:, 0], torch.tensor([len(ids)])]))
+            parts = list(zip(ids.split(sizes.tolist()), labels.split(sizes.tolist()), strict=True))
+        else:
+            parts = [(ids, labels)]
+        rows += [
+            {"input_ids": ids.tolist(), "labels": labels.tolist()} for ids, labels in parts if (labels != IGNORE).any()
+        ]
+    return rows

@@ -1,0 +1,91 @@
+"""Several documents in a row of a batch: TRL's packing, and a collator that keeps shapes fixed and documents apart.
+
+Dims: B packed rows of a batch, S `max_length`, T = B * S, N documents.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedConfig
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from slipstream.train.formats import IGNORE
+
+LENGTHS = "seq_lengths"  # TRL's name for the lengths of the documents of a packed row
+TOKENS = "num_tokens"  # of a packed batch, without the space left over; `count_tokens` takes it out
+PACKED_AT_ONCE = 10_000  # rows
+# Transformers' layer types whose layers mix tokens by attention, which keeps documents apart.
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid_attention")
+RECURRENT = ("rwkv", "xlstm")  # they name no kinds of layers
+NO_MIXING = ("moe", "mlp", "dense", "sparse")
+
+
+def pack(rows: Dataset | IterableDataset, max_length: int) -> Dataset | IterableDataset:
+    """Documents put together to rows of up to `max_length` tokens, none of them cut (best fit decreasing)."""
+    packed: Dataset | IterableDataset = pack_dataset(
+        rows, max_length, strategy="bfd", map_kwargs={"batch_size": PACKED_AT_ONCE}
+    )
+    return packed
+
+
+def check_packing(config: PreTrainedConfig) -> None:
+    """Raises: ValueError where documents would leak into each other: layers with a state that runs along the row."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    if text.model_type in RECURRENT:
+        kinds = ("recurrent",)
+    leaky = sorted({kind for kind in kinds if kind not in (*ATTENTION, *NO_MIXING)})
+    if leaky:
+        raise ValueError(
+            f"data.packing: {text.model_type} has layers of the kind {', '.join(leaky)}, whose state would carry one "
+            "document into the next; set data.packing: false"
+        )
+
+
+@dataclass
+class Collator(DataCollatorForLanguageModeling):
+    """Rows padded to the longest of a batch, as TRL does; packed rows as one row `[1, T]` of always the same length.
+
+    Packed, a batch says where its documents begin (`cu_seq_lens_q` int32 `[N + 1]`, `position_ids` that restart), and
+    the space left over is a document of its own without labels. A document's first token has no label: the token before
+    it is another document's.
+
+    Attributes:
+        max_length: S; packed rows are at most as long.
+    """
+
+    max_length: int = 0
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if LENGTHS not in examples[0]:
+            return dict(super().torch_call([{key: row[key] for key in ("input_ids", "labels")} for row in examples]))
+        total = len(examples) * self.max_length
+        ids = [token for row in examples for token in row["input_ids"]]
+        labels = [label for row in examples for label in row["labels"]]
+        lengths = [length for row in examples for length in row[LENGTHS]]
+        if left := total - len(ids):
+            lengths.append(left)
+        ends = torch.tensor(lengths).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        input_ids = torch.tensor(ids + [self.pad_token_id] * left)
+        labels_T = torch.tensor(labels + [IGNORE] * left)
+        labels_T[starts] = IGNORE
+        cu_seq_lens = torch.cat([starts, ends[-1:]]).to(torch.int32)
+        return {
+            "input_ids": input_ids[None],
+            "labels": labels_T[None],
+            "position_ids": (torch.arange(total) - torch.repeat_interleave(starts, torch.tensor(lengths)))[None],
+            "cu_seq_lens_q": cu_seq_lens,
+            "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+            TOKENS: len(ids),
+        }
+
+
+def count_tokens(batch: dict[str, Any]) -> Any:
+    """The tokens of a batch, padding not counted, an int or a scalar on the device; what only counts is taken out."""
+    return batch.pop(TOKENS) if TOKENS in batch else batch["attention_mask"].sum()

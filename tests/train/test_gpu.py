@@ -1,0 +1,79 @@
+"""What only a GPU shows: that counting and the batch size found hold there."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import slipstream
+from slipstream.compilation import compile_layers
+from slipstream.moe.load import ExpertLoad
+from slipstream.train.recipe_file import load_recipe
+from slipstream.train.run import run
+from tests.tiny_models import tiny_batch, tiny_model
+from tests.train.tiny_chat import write_recipe
+
+pytestmark = pytest.mark.gpu
+
+
+def test_compiled_layers_count_what_uncompiled_ones_do() -> None:
+    """Through Inductor and Triton, padding left out; the host waits for nothing."""
+    device = torch.device("cuda")
+    model = slipstream.accelerate(tiny_model("qwen3_moe", None).to(device), backend={"compile": "none"})
+    model.config.use_cache = False
+    load = ExpertLoad(model, device)
+    ids = tiny_batch(4, 64).to(device)
+    mask = torch.ones_like(ids)
+    mask[:, 50:] = 0
+
+    def count() -> torch.Tensor:
+        load.see(mask)
+        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        return load.take()
+
+    plain = count()
+    compile_layers(model)
+    count()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        load.see(mask)
+        experts = next(module for module in model.modules() if hasattr(module, "has_gate"))
+        for hook in experts._forward_pre_hooks.values():
+            hook(experts, (None, torch.zeros(ids.numel(), 2, dtype=torch.int64, device=device), None))
+        load.take()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    compiled = count()
+    assert compiled.sum(dim=1).unique().tolist() == [4 * 50 * 2]
+    # In another order of adding up, a token or two may go elsewhere.
+    assert (compiled - plain).abs().sum() <= 0.02 * plain.sum()
+
+
+def test_batch_size_that_fits(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With memory for some rows only: fewer than asked for, and training stays below the limit."""
+    from slipstream.train import batch_size
+
+    limits: list[int] = []
+
+    def small(device: torch.device) -> int:
+        limits.append(torch.cuda.memory_allocated(device) + 40 * 2**20)
+        return limits[-1]
+
+    monkeypatch.setattr(batch_size, "memory_limit", small)
+    train = {"per_device_train_batch_size": "auto", "global_batch_size": 256, "max_steps": 3}
+    screen = io.StringIO()
+    recipe, _ = load_recipe(write_recipe(tmp_path, checkpoint, train=train))
+    torch.cuda.reset_peak_memory_stats()
+    run(recipe, file=screen)
+    found = re.search(r"micro-batch: (\d+) rows a device, (\d+) for each step", screen.getvalue())
+    assert found is not None
+    rows, steps = map(int, found.groups())
+    assert rows * steps == 256
+    assert 2 <= rows < 256
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    assert len(trained) == 3
+    assert all(line["memory_gib"] * 2**30 <= limits[0] for line in trained)
