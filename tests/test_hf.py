@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from slipstream import DistributedSetup, hf
 from slipstream.attention import interface
-from slipstream.moe import experts
+from slipstream.moe import dispatch, experts
 from tests.tiny_models import tiny_batch, tiny_config, tiny_model
 
 
@@ -76,7 +76,8 @@ def test_checkpoint_hooks() -> None:
 
 
 def test_exchanges_and_initialisation() -> None:
-    assert issubclass(EPImplementationInterface()["slipstream_all_to_all"], hf.Exchange)
+    assert EPImplementationInterface()["slipstream_all_to_all"] is dispatch.AllToAllExchange
+    assert issubclass(dispatch.AllToAllExchange, hf.Exchange)
     seen = []
     with hf.observing_initialization(lambda model, module, initialize: seen.append(module) or initialize()):
         model = tiny_model("llama", None)
