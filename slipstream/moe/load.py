@@ -38,8 +38,9 @@ class _Counter:
 class ExpertLoad:
     """Counts the tokens of each expert in training, of all layers of a model whose experts follow the interface.
 
-    Make it before the model's first step. Where a layer runs again in backward (activation checkpointing), its tokens
-    may count twice: read proportions, not totals.
+    Where a layer runs again in backward (activation checkpointing), its tokens may count twice: read proportions, not
+    totals. Layers of a class share compiled graphs, which do not look for hooks: a model without counters must not be
+    trained beside one with them in the same process.
 
     Attributes:
         layers: the names of the layers, mostly their numbers: "0", "1", …
@@ -61,6 +62,8 @@ class ExpertLoad:
             self._counters.append(counter)
             self.layers.append(layer_name(name))
             self.num_experts.append(total)
+        if self.layers:
+            torch.compiler.reset()  # what was compiled before does not look for hooks
 
     def see(self, attention_mask: Tensor | None) -> None:
         """Say which tokens of the next batch count: `[B, S]`, 0 for padding. None, or another shape: all of them."""

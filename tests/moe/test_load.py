@@ -125,6 +125,16 @@ def test_compiled_layers_count_too_and_nothing_is_compiled_more(checkpointing, p
     assert not seen[0][1]
 
 
+def test_layers_that_were_compiled_before_count_as_well() -> None:
+    model, ids = slipstream.accelerate(tiny_model("qwen3_moe", None)), tiny_batch()
+    model.config.use_cache = False
+    compile_layers(model, "aot_eager")
+    step(model, ids)
+    load = ExpertLoad(model, CPU)
+    step(model, ids)
+    assert load.take().sum(dim=1).unique().tolist() == [ids.numel() * 2]
+
+
 def test_health() -> None:
     loads = torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0], [3, 1, 0, 0]])
     health = {name: value.tolist() for name, value in load_health(loads, [4, 4, 2]).items()}

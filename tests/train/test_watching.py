@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from slipstream.planning.flops import forward_flops
 from slipstream.train.callbacks import by_layer
 from slipstream.train.progress import ProgressReport, describe
 from slipstream.train.recipe_file import load_recipe
+from slipstream.train.resume import StoppedBySignal
 from slipstream.train.routers import Routers
 from slipstream.train.run import RunResult, run
 from slipstream.train.stopping import EarlyStopping
@@ -206,6 +208,27 @@ def test_early_stopping_ends_the_run_and_keeps_the_model(tmp_path: Path, checkpo
     )
     assert (result.output_dir / "model.safetensors").is_file()
     assert [line["step"] for line in metrics(tmp_path) if "eval_loss" in line] == [0, 2, 4]
+
+
+def test_a_continued_run_stops_early_where_it_would_have(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"train": {"max_steps": 10, "learning_rate": 1e-9},
+               "eval": {"eval_steps": 1, "early_stopping_patience": 4, "early_stopping_threshold": 0.01}}  # fmt: skip
+    original = SlipstreamTrainer.training_step
+
+    def training_step(trainer: SlipstreamTrainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(SlipstreamTrainer, "training_step", training_step)
+    with pytest.raises(StoppedBySignal):
+        fine_tune(tmp_path, checkpoint, **changes)
+    monkeypatch.undo()
+    result, screen = fine_tune(tmp_path, checkpoint, **changes)
+    assert result.steps == 4
+    assert "stopping early after step 4" in screen
 
 
 @pytest.mark.parametrize(
