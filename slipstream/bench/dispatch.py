@@ -22,10 +22,10 @@ from slipstream.kernels.nvlink_combine import combine_rows
 from slipstream.kernels.nvlink_dispatch import dispatch_rows
 from slipstream.moe.dispatch import AllGatherDispatcher, AllToAllDispatcher, Dispatcher, NvlinkDispatcher
 from slipstream.moe.dispatch.peers import NoPeerAccessError, peers_of
-from slipstream.moe.routing import balanced_index, sort_by_expert
+from slipstream.moe.routing import sort_by_expert
 from slipstream.planning.flops import top_k
 
-ROUTINGS = ("balanced", "zipf", "one rank")
+ROUTINGS = ("uniform", "zipf", "one rank")
 Part = Callable[[], object]
 
 
@@ -47,8 +47,6 @@ class _Batch:
         if routing == "one rank":
             scores_TE[:, max(k, self.local_experts) :] = torch.inf
         self.idx_TK = scores_TE.topk(k, largest=False).indices
-        if routing == "balanced":
-            self.idx_TK = balanced_index(self.idx_TK, experts)
         owner_TK = self.idx_TK // self.local_experts
         goes_TP = torch.zeros(tokens, self.ranks, device=device).scatter_(1, owner_TK, 1.0)
         slots_P = torch.bincount(owner_TK.flatten(), minlength=self.ranks).float()

@@ -37,9 +37,8 @@ def test_every_contender() -> None:
     rows_on_the_wire = {
         (row["routing"], row["contender"]): row["wire_bytes"] / HIDDEN / 2 for row in rows if "ms" in row
     }
-    # Experts 0-7 in turn, two a token, four a rank: each token has both experts on one rank, half of them elsewhere.
-    assert rows_on_the_wire["balanced", "all_to_all"] == TOKENS // 2
-    assert rows_on_the_wire["balanced", "transformers all_to_all"] == TOKENS
+    # Some tokens have both experts on the other rank.
+    assert 0 < rows_on_the_wire["uniform", "all_to_all"] < rows_on_the_wire["uniform", "transformers all_to_all"]
     # All tokens of the other rank come to the first.
     assert rows_on_the_wire["one rank", "all_to_all"] == TOKENS
     assert rows_on_the_wire["one rank", "transformers all_to_all"] == TOKENS * TOP_K
