@@ -115,7 +115,7 @@ def choose_dispatcher(backend: BackendConfig, setup: DistributedSetup) -> Choice
         raise ValueError(f"BackendConfig(dispatcher='local'): with ep_size={setup.ep_size} tokens have to travel")
     if backend.dispatcher != "auto":
         return Choice("dispatcher", backend.dispatcher, "asked for")
-    return Choice("dispatcher", dispatch.AUTO, f"ep_size={setup.ep_size}: a token goes once to each rank it needs")
+    return Choice("dispatcher", *dispatch.choose(setup.ep_size))
 
 
 def _attention(model: PreTrainedModel, backend: BackendConfig) -> Choice:

@@ -62,6 +62,11 @@ def register_exchange(name: str, exchange: type[EPImplementation]) -> None:
     EPImplementationInterface.register(name, exchange)
 
 
+def exchange(name: str) -> type[EPImplementation]:
+    """The class registered under `name`, Transformers' own among them."""
+    return EPImplementationInterface()[name]
+
+
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The (name, module) pairs of `model` whose forward goes through the experts interface.
 

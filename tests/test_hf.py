@@ -78,6 +78,8 @@ def test_checkpoint_hooks() -> None:
 def test_exchanges_and_initialisation() -> None:
     assert EPImplementationInterface()["slipstream_all_to_all"] is dispatch.AllToAllExchange
     assert issubclass(dispatch.AllToAllExchange, hf.Exchange)
+    assert hf.exchange("slipstream_nvlink") is dispatch.NvlinkExchange
+    assert issubclass(hf.exchange("all_to_all"), hf.Exchange)
     seen = []
     with hf.observing_initialization(lambda model, module, initialize: seen.append(module) or initialize()):
         model = tiny_model("llama", None)
