@@ -10,6 +10,7 @@ from slipstream.cli.finetune import finetune
 from slipstream.cli.launch import launch
 from slipstream.cli.plan import plan
 from slipstream.cli.preview import preview
+from slipstream.cli.report import report
 from slipstream.cli.upcycle import upcycle
 
 # What a user can cause and mend. Anything else is our bug and deserves its traceback.
@@ -26,6 +27,7 @@ app.command()(finetune)
 app.command()(preview)
 app.command()(plan)
 app.command()(launch)
+app.command()(report)
 app.command()(upcycle)
 app.add_typer(bench, name="bench")
 app.command()(doctor)

@@ -59,3 +59,17 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
     if name not in GPUS or count < 1:
         raise ValueError(f"--gpus {text}: give a number and one of {', '.join(GPUS)}, such as 8xH100-80GB")
     return count, GPUS[name]
+
+
+def find_gpu(device: str) -> Gpu:
+    """The GPU that the driver calls `device`, such as "NVIDIA A100-SXM4-40GB".
+
+    Raises:
+        ValueError: none that a plan can be made for.
+    """
+    words = f" {re.sub(r'[^A-Z0-9]+', ' ', device.upper())} "
+    found = [gpu for gpu in GPUS.values() if f" {gpu.name.split('-')[0].replace('RTX', 'RTX ')} " in words]
+    if not found:
+        raise ValueError(f"{device!r}: no GPU of this name is known; known are {', '.join(GPUS)}")
+    # Of the same chip with more and with less memory, the one whose size the name has.
+    return next((gpu for gpu in found if f" {gpu.name.split('-')[-1]} " in words), found[0])

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slipstream.bench.options import OURS, Options
-from slipstream.planning.gpus import GPUS, Gpu
+from slipstream.planning.gpus import find_gpu
 from slipstream.planning.memory import Layout
 from slipstream.planning.plan import describe_model
 
@@ -44,7 +43,7 @@ def compare(path: Path) -> list[Comparison]:
     known = {field.name for field in dataclasses.fields(Options)}
     options = Options(**{key: value for key, value in record["options"].items() if key in known})
     model = describe_model(options.model, options.config(), options.seq_len, options.packed)
-    gpu = _gpu(record["device"])
+    gpu = find_gpu(record["device"])
     found = []
     for row in rows:
         estimate = model.estimate(_layout(options, row["settings"]), gpu)
@@ -72,11 +71,3 @@ def _layout(options: Options, settings: dict[str, Any]) -> Layout:
         fused_loss=settings["loss"] == "fused",
         dispatcher=settings["dispatcher"],
     )
-
-
-def _gpu(device: str) -> Gpu:
-    words = re.sub(r"[^A-Z0-9]", "", device.upper())
-    for name in GPUS:
-        if name.split("-")[0].upper() in words:
-            return GPUS[name]
-    raise ValueError(f"{device!r}: no GPU of this name is known; known are {', '.join(GPUS)}")

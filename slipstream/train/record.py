@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 
+from slipstream.report.records import DATA_FILE, ENVIRONMENT_FILE
 from slipstream.train.data import TokenizedData
 
-ENVIRONMENT_FILE, DATA_FILE = "environment.json", "data.json"
 PACKAGES = ("slipstream", "torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers",
             "safetensors", "torchao")  # fmt: skip
 
 
-def write_records(folder: Path, data: TokenizedData) -> None:
-    """Write `environment.json` and `data.json` into `folder`."""
-    report = {**asdict(data.counts), "bad": [{"place": place, "reason": reason} for place, reason in data.bad_rows],
-              "notes": data.notes}  # fmt: skip
-    for name, content in ((ENVIRONMENT_FILE, environment()), (DATA_FILE, report)):
+def write_records(folder: Path, data: TokenizedData, batch: dict[str, int]) -> None:
+    """Write `environment.json`, with what a step's `batch` is made of, and `data.json` into `folder`."""
+    held_out = len(data.eval) if data.eval is not None else 0
+    bad = [{"place": place, "reason": reason} for place, reason in data.bad_rows]
+    report = {**asdict(data.counts), "held_out_rows": held_out, "bad": bad, "notes": data.notes}
+    for name, content in ((ENVIRONMENT_FILE, {**environment(), "batch": batch}), (DATA_FILE, report)):
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

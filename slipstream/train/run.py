@@ -16,12 +16,14 @@ from trl import SFTConfig
 from slipstream import AutoModelForCausalLM, DistributedSetup
 from slipstream.checkpoint.output import INCOMPLETE, check_output_folder, holds_model, publish
 from slipstream.checkpoint.resume import Checkpointer, checkpoint_name, read_info
+from slipstream.report.page import write_report
+from slipstream.report.records import METRICS_FILE, RECIPE_FILE
 from slipstream.train.arguments import own_optimizer, training_arguments
 from slipstream.train.batch_size import find_batch_size
 from slipstream.train.callbacks import MetricsFile, metrics_until
 from slipstream.train.checks import check_experts, check_setup, load_config_and_tokenizer, resolve
 from slipstream.train.data import TokenizedData, load_data
-from slipstream.train.guards import StepGuard
+from slipstream.train.guards import BadStepError, StepGuard
 from slipstream.train.packing import check_packing
 from slipstream.train.progress import ProgressReport
 from slipstream.train.recipe import AUTO, Recipe
@@ -44,8 +46,6 @@ from slipstream.train.sources import check_sources
 from slipstream.train.stopping import EarlyStopping
 from slipstream.train.summary import print_resolved, print_trainable
 from slipstream.train.trainer import SlipstreamTrainer
-
-RECIPE_FILE, METRICS_FILE = "recipe.resolved.yaml", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def run(
     """Fine-tune as the recipe says; everything that can be checked is, before weights are loaded or a file is written.
 
     Writes into `train.output_dir`: model and tokenizer as Transformers saves them, `metrics.jsonl` line by line while
-    it trains, `recipe.resolved.yaml`, `environment.json`, `data.json`, and checkpoints below `checkpoints/`. An earlier
-    model stays until the new one is complete. SIGTERM and SIGUSR1 end training after the step under way, with a
-    checkpoint; the same call continues.
+    it trains, `recipe.resolved.yaml`, `environment.json`, `data.json`, checkpoints below `checkpoints/`, and however
+    training ends, `report.html`. An earlier model stays until the new one is complete. SIGTERM and SIGUSR1 end training
+    after the step under way, with a checkpoint; the same call continues.
 
     Args:
         recipe: what to do.
@@ -148,7 +148,8 @@ def run(
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)  # of a run that was killed
         records.mkdir(parents=True, exist_ok=True)
         (records / RECIPE_FILE).write_text(dump_recipe(prepared.recipe), encoding="utf-8")
-        write_records(records, prepared.data)
+        keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        write_records(records, prepared.data, {key: getattr(trainer.args, key) for key in keys})
         metrics = MetricsFile(records / METRICS_FILE, earlier)
         trainer.add_callback(metrics)
         samples.record = lambda step, pairs: metrics.write(step, {"samples": pairs})
@@ -160,6 +161,9 @@ def run(
     with stop:
         try:
             trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+        except BadStepError:
+            _report(output, console)
+            raise
         finally:
             progress.stop()
         if stop.stopped_by:
@@ -168,6 +172,7 @@ def run(
             stopped = StoppedBySignal(stop.stopped_by, step, checkpointer.folder / checkpoint_name(step))
             # While signals are still caught: once another rank has ended, torchrun sends one to this rank.
             console.print(str(stopped))
+            _report(output, console)
             console.file.flush()
             raise stopped
         loss_after, answer_after = _examine(trainer, samples)
@@ -180,6 +185,7 @@ def run(
         publish(output)
         checkpointer.finish(keep=section.save_steps is not None)
         console.print(f"saved: {output}")
+        _report(output, console)
     return RunResult(
         output_dir=output,
         steps=trainer.state.global_step,
@@ -262,6 +268,16 @@ def _observers(
     if train.on_bad_step != "ignore":
         guard = StepGuard(train.on_bad_step, train.max_loss_spike, output, prepared.tokenizer, console.print)
     return ProgressReport(console), samples, stopping, guard
+
+
+def _report(output: Path, console: Console) -> None:
+    """Write the report, on rank 0; a run is not worth less for the lack of one."""
+    if console.quiet:
+        return
+    try:
+        console.print(f"report: {write_report(output)}")
+    except OSError as error:
+        console.print(f"no report: {error}")
 
 
 def _examine(trainer: SlipstreamTrainer, samples: Samples) -> tuple[float | None, str | None]:

@@ -8,7 +8,7 @@ import pytest
 
 from slipstream.cli.plan import as_data, verdict
 from slipstream.parallel.setup import CHECKPOINTING
-from slipstream.planning.gpus import GPUS, Gpu, parse_gpus
+from slipstream.planning.gpus import GPUS, Gpu, find_gpu, parse_gpus
 from slipstream.planning.measured import CONSTANTS
 from slipstream.planning.plan import Plan, make_plan
 from slipstream.train.recipe import Recipe
@@ -161,6 +161,16 @@ def test_gpus(text: str, count: int, name: str) -> None:
 def test_no_such_gpus(text: str) -> None:
     with pytest.raises(ValueError, match="give a number and one of B200, H200"):
         parse_gpus(text)
+
+
+def test_gpus_by_the_drivers_name() -> None:
+    names = {"NVIDIA H200": "H200", "NVIDIA H100 80GB HBM3": "H100-80GB", "NVIDIA A100-SXM4-40GB": "A100-40GB",
+             "NVIDIA A100-SXM4-80GB": "A100-80GB", "NVIDIA L40S": "L40S",
+             "NVIDIA GeForce RTX 4090": "RTX4090"}  # fmt: skip
+    assert {device: find_gpu(device).name for device in names} == names
+    for device in ("NVIDIA GH200 480GB", "Tesla T4", "NVIDIA L40"):
+        with pytest.raises(ValueError, match="no GPU of this name is known"):
+            find_gpu(device)
 
 
 def test_every_constant_says_where_it_is_from() -> None:

@@ -147,6 +147,7 @@ def test_stops_before_the_update_and_goes_on_without_it(tmp_path: Path, checkpoi
     losses = [line["loss"] for line in curve(tmp_path / "parts") if "loss" in line]
     assert record["recent_losses"] == pytest.approx(losses)
     assert len(losses) == 5
+    assert "bad-step-000006 is of a step that was not applied: its loss is nan." in (out / "report.html").read_text()
     # What was good is saved, and the same command goes on.
     assert latest(out / "checkpoints") == out / "checkpoints" / "step-000005"
     changes["train"] = {"on_bad_step": "skip"}

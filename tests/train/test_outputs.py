@@ -65,6 +65,10 @@ def test_random_weights_learn_and_the_output_repeats_the_run(tmp_path: Path) -> 
     environment = json.loads((out / "environment.json").read_text())
     assert environment["packages"]["torch"]
     assert environment["ranks"] == 1
+    assert environment["batch"].keys() == {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    page = (out / "report.html").read_text()
+    assert "full fine-tune, finished" in page
+    assert all(f'<section id="{name}">' in page for name in ("loss", "speed", "experts", "data", "recipe"))
     if shutil.which("git") and (EXAMPLES.parent / ".git").exists():
         assert len(environment["slipstream_git"]["revision"]) == 40
     again, _ = load_recipe(out / "recipe.resolved.yaml", [f"train.output_dir={tmp_path / 'again' / 'out'}"])

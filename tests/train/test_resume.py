@@ -123,6 +123,7 @@ def test_signal_and_same_command_again(
     assert signal.getsignal(signal.SIGTERM) is handlers
     assert latest(tmp_path / "out" / "checkpoints") == tmp_path / "out" / "checkpoints" / f"step-{step:06d}"
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert f"not finished: the last record is of step {step}" in (tmp_path / "out" / "report.html").read_text()
     evaluated = []
     original = SlipstreamTrainer.evaluate
 

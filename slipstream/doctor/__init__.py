@@ -1,0 +1,1 @@
+"""What a machine has, what of it works, and what is set up wrongly."""
