@@ -55,19 +55,25 @@ def with_experts(config: "LoraConfig", model: nn.Module) -> "LoraConfig":
     """
     config = copy.copy(config)
     if config.target_parameters == ALL_EXPERTS:
-        names = {
-            f"{[part for part in name.split('.') if part != 'base_layer'][-1]}.{projection}"
-            for name, experts in hf.experts_modules(model)
-            for projection in projection_names(experts)
-        }
-        if not names:
+        config.target_parameters = all_experts(model)
+        if not config.target_parameters:
             raise ValueError(
                 f"lora.target_parameters={ALL_EXPERTS!r}: {type(model).__name__} has no experts that follow "
                 "Transformers' interface; leave it out"
             )
-        config.target_parameters = sorted(names)
     check(config)
     return config
+
+
+def all_experts(model: nn.Module) -> list[str]:
+    """`LoraConfig.target_parameters` for every expert of `model`: what its layers' weights have as last names."""
+    return sorted(
+        {
+            f"{[part for part in name.split('.') if part != 'base_layer'][-1]}.{projection}"
+            for name, experts in hf.experts_modules(model)
+            for projection in projection_names(experts)
+        }
+    )
 
 
 def check(config: "LoraConfig") -> None:
