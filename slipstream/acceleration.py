@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from slipstream import hf
+from slipstream import adapters, hf
 from slipstream.attention import interface as attention
 from slipstream.backend import BackendConfig
 from slipstream.checkpoint.export import install_save
@@ -72,6 +72,7 @@ def accelerate(
     choices += _compile(core, backend)
     if hf.is_distributed(core):
         install_save(core)
+    adapters.install(core)
     setattr(core, MARK, Acceleration(backend, setup, choices))
     return model
 

@@ -70,11 +70,16 @@ def exchange(name: str) -> type[EPImplementation]:
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The (name, module) pairs of `model` whose forward goes through the experts interface.
 
-    `use_experts_implementation` sets these flags on every class that it decorates.
+    `use_experts_implementation` sets flags on every class that it decorates.
     """
     for name, module in model.named_modules():
-        if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
+        if is_experts(module):
             yield name, module
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` is one of those that `experts_modules` gives."""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, nn.Module]]:

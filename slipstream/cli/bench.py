@@ -44,6 +44,7 @@ def step(
     optimizer: Annotated[
         str, typer.Option(help="Ours: slipstream or torch (rivals: torch's fused AdamW).")
     ] = "slipstream",
+    lora: Annotated[int | None, typer.Option(help="Train PEFT adapters of this rank, experts included.")] = None,
     backend: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Our BackendConfig's field.")] = None,
     rival_attn: Annotated[str, typer.Option(help="Attention of rivals on Transformers.")] = "sdpa",
     rival_env: Annotated[
@@ -88,6 +89,7 @@ def step(
         activation_checkpointing=activation_checkpointing,
         device=device,
         optimizer=optimizer,
+        lora=lora,
         backend=_pairs("--backend", backend),
         rival_attn=rival_attn,
         nemo_backend=_pairs("--nemo-backend", nemo_backend),

@@ -23,6 +23,7 @@ from slipstream.moe.experts import experts_forward, is_fused, projections
 from slipstream.moe.routing import balanced_index
 
 __all__ = [
+    "FIRST_EXPERT",
     "GRADIENT_DIVISOR",
     "AllGatherDispatcher",
     "AllToAllDispatcher",
@@ -31,10 +32,13 @@ __all__ = [
     "LocalDispatcher",
     "NvlinkDispatcher",
     "choose",
+    "scale_gradient",
 ]
 
 # On an experts module: what its weights' gradients, sums over the tokens of all ranks, are to be divided by here.
 GRADIENT_DIVISOR = "_slipstream_gradient_divisor"
+# On an experts module that holds a rank's share: the number that its first expert has in the whole layer.
+FIRST_EXPERT = "_slipstream_first_expert"
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -48,6 +52,12 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return grad * ctx.factor, None
+
+
+def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """`tensor` itself, whose gradient is multiplied by `factor`."""
+    scaled: torch.Tensor = _ScaleGradient.apply(tensor, factor)
+    return scaled
 
 
 class _Exchange(hf.Exchange):
@@ -64,6 +74,7 @@ class _Exchange(hf.Exchange):
             )
         self.experts = experts
         self.dispatcher = self.dispatcher_class(experts.num_experts, ep_mesh.get_group())
+        setattr(experts, FIRST_EXPERT, ep_mesh.get_local_rank() * experts.num_experts)
 
     @torch.compiler.disable  # collectives with sizes that only the host knows: a compiled layer stops here and goes on
     def __call__(self, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -74,7 +85,7 @@ class _Exchange(hf.Exchange):
         divisor = getattr(self.experts, GRADIENT_DIVISOR, 1)
         if divisor != 1:
             # Divided on the way to the experts and restored behind them: only their weights see the smaller gradient.
-            x_TH, weights_TK = (_ScaleGradient.apply(tensor, divisor) for tensor in (x_TH, weights_TK))
+            x_TH, weights_TK = (scale_gradient(tensor, divisor) for tensor in (x_TH, weights_TK))
         sent = self.dispatcher.dispatch(x_TH, idx_TK, weights_TK)
         rows = sent.rows_RH, sent.idx_RK, sent.weights_RK
         if implementation.startswith("slipstream"):
@@ -82,7 +93,7 @@ class _Exchange(hf.Exchange):
         else:
             rows_RH = self.experts_forward(*rows)
         out_TH = self.dispatcher.combine(rows_RH, sent)
-        return out_TH if divisor == 1 else _ScaleGradient.apply(out_TH, 1 / divisor)
+        return out_TH if divisor == 1 else scale_gradient(out_TH, 1 / divisor)
 
 
 class AllToAllExchange(_Exchange):
