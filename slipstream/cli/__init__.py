@@ -5,6 +5,7 @@ import sys
 import typer
 
 from slipstream.cli.bench import bench
+from slipstream.cli.coverage import coverage
 from slipstream.cli.doctor import doctor
 from slipstream.cli.finetune import finetune
 from slipstream.cli.launch import launch
@@ -28,6 +29,7 @@ app.command()(plan)
 app.command()(launch)
 app.command()(upcycle)
 app.add_typer(bench, name="bench")
+app.command()(coverage)
 app.command()(doctor)
 
 
