@@ -116,7 +116,7 @@ def _slipstream(job: Job, device: torch.device, ranks: int) -> Contender:
 
 
 def _transformers(job: Job, device: torch.device, ranks: int) -> Contender:
-    from slipstream import hf
+    from slipstream import hf, hf_models
     from slipstream.parallel.initialize import build_sharded
     from slipstream.parallel.setup import DistributedSetup
 
@@ -125,7 +125,8 @@ def _transformers(job: Job, device: torch.device, ranks: int) -> Contender:
     if job.contender == "transformers-ep" and parallel.ep_size == 1:
         raise ValueError("with ep_size=1 transformers-ep is transformers; give --nproc 2 or more")
     parallel.check(hf.num_routed_experts(config))
-    experts = {} if hf.num_routed_experts(config) is None else {"experts_implementation": "grouped_mm"}
+    has_interface = hf.num_routed_experts(config) is not None and hf_models.takes_experts_implementation(config)
+    experts = {"experts_implementation": "grouped_mm"} if has_interface else {}
     # "sdpa" is what Transformers takes by itself where the architecture has it; asked for, it refuses the others.
     attention = {} if options.rival_attn == "sdpa" else {"attn_implementation": options.rival_attn}
     from_config = partial(
