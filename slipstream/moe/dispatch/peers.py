@@ -240,6 +240,7 @@ class Peers:
         self._gathered(lambda: None)  # all flags are zero before any is raised
 
     def _symmetric(self, size: int) -> list[int]:
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not used here, and not without risk
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         self.area = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
