@@ -203,7 +203,7 @@ def _answer(when: str, step: int, text: str) -> str:
 def recipe(records: Records) -> str:
     if not records.recipe_text:
         return ""
-    shown = f'<pre tabindex="0" aria-label="recipe">{escape(records.recipe_text)}</pre>'
+    shown = f'<pre tabindex="0" role="region" aria-label="recipe">{escape(records.recipe_text)}</pre>'
     words = "<p>With every default written out; <code>slipstream finetune</code> takes it as it is.</p>"
     return section("recipe", "Recipe", words, _folded("recipe.resolved.yaml", shown))
 
