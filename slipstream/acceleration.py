@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from slipstream import hf
+from slipstream import adapters, hf
 from slipstream.attention import interface as attention
 from slipstream.backend import BackendConfig
 from slipstream.checkpoint.export import install_save
@@ -72,6 +72,7 @@ def accelerate(
     choices += _compile(core, backend)
     if hf.is_distributed(core):
         install_save(core)
+    adapters.install(core)
     setattr(core, MARK, Acceleration(backend, setup, choices))
     return model
 
@@ -115,7 +116,7 @@ def choose_dispatcher(backend: BackendConfig, setup: DistributedSetup) -> Choice
         raise ValueError(f"BackendConfig(dispatcher='local'): with ep_size={setup.ep_size} tokens have to travel")
     if backend.dispatcher != "auto":
         return Choice("dispatcher", backend.dispatcher, "asked for")
-    return Choice("dispatcher", dispatch.AUTO, f"ep_size={setup.ep_size}: a token goes once to each rank it needs")
+    return Choice("dispatcher", *dispatch.choose(setup.ep_size))
 
 
 def _attention(model: PreTrainedModel, backend: BackendConfig) -> Choice:

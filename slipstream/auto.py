@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from slipstream import hf
 from slipstream.acceleration import accelerate, choose_dispatcher
 from slipstream.backend import BackendConfig
+from slipstream.moe import dispatch
 from slipstream.parallel.initialize import build_sharded
 from slipstream.parallel.setup import DistributedSetup, join_process_group
 from slipstream.parallel.shard import shard
@@ -118,4 +119,5 @@ def _backend(backend: BackendConfig | Mapping[str, Any] | None, kwargs: dict[str
 def _distributed_config(backend: BackendConfig, setup: DistributedSetup) -> Any:
     """The job's process group, made if need be, and the setup in Transformers' terms."""
     join_process_group(setup)
-    return hf.distributed_config(setup, f"slipstream_{choose_dispatcher(backend, setup).chosen}")
+    chosen = choose_dispatcher(backend, setup).chosen
+    return hf.distributed_config(setup, dispatch.exchange_name(backend.dispatcher, chosen))

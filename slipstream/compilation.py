@@ -56,8 +56,17 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def _compiled(own: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(own, dynamic=True, backend=backend)
+    graph = torch.compile(own, dynamic=True, backend=backend)
+    config: Any = torch._dynamo.config
     seconds: list[float] = []
+
+    def compiled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # `dynamic` would also make a tensor of every float of the config, on the host, at every call.
+        before, config.specialize_float = config.specialize_float, True
+        try:
+            return graph(self, *args, **kwargs)
+        finally:
+            config.specialize_float = before
 
     def announcing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if seconds:

@@ -1,12 +1,11 @@
 """Every touch of a part of Transformers that is not public API, in one place.
 
-Checked against Transformers 5.23.0. Each name used here has a test in tests/test_hf.py that fails when upstream moves
-it.
+Checked against Transformers 5.23.0; `hf_models.py` has what depends on single architectures.
+Each name used here has a test in tests/test_hf.py that fails when upstream moves it.
 """
 
 import copy
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers.core_model_loading import (
 )
 from transformers.distributed import DistributedConfig, mixin
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -46,10 +46,9 @@ Exchange = EPImplementation  # what brings an experts module its tokens from oth
 # What architectures call a layer's router, beside its experts, and the bias that only the choice of experts sees.
 _ROUTERS = ("gate", "router")
 _SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
-MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
 
 # What architectures call the number of routed experts.
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 
 def register_experts(name: str, forward: ExpertsForward) -> None:
@@ -62,14 +61,24 @@ def register_exchange(name: str, exchange: type[EPImplementation]) -> None:
     EPImplementationInterface.register(name, exchange)
 
 
+def exchange(name: str) -> type[EPImplementation]:
+    """The class registered under `name`, Transformers' own among them."""
+    return EPImplementationInterface()[name]
+
+
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The (name, module) pairs of `model` whose forward goes through the experts interface.
 
-    `use_experts_implementation` sets these flags on every class that it decorates.
+    `use_experts_implementation` sets flags on every class that it decorates.
     """
     for name, module in model.named_modules():
-        if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
+        if is_experts(module):
             yield name, module
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` is one of those that `experts_modules` gives."""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
 def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module, nn.Module]]:
@@ -164,12 +173,33 @@ def sharding_by(shard: Callable[..., Any]) -> Iterator[None]:
 
     It is called on the meta device, after expert and tensor parallelism and before the weights are read.
     """
-    original = mixin.apply_fully_sharded_data_parallelism
-    mixin.apply_fully_sharded_data_parallelism = shard
+    cls: Any = mixin.DistributedMixin
+    original, resolve = mixin.apply_fully_sharded_data_parallelism, cls._resolve_parallel_plans
+
+    def resolve_experts(self: Any, config: DistributedConfig) -> Any:
+        # By what the experts are, not by the architecture's own plan: some have none, and Gemma 4's splits its dense
+        # MLP over ranks that have different tokens.
+        if plan := _experts_plan(self):
+            self._ep_plan = plan
+        return resolve(self, config)
+
+    mixin.apply_fully_sharded_data_parallelism, cls._resolve_parallel_plans = shard, resolve_experts
     try:
         yield
     finally:
-        mixin.apply_fully_sharded_data_parallelism = original
+        mixin.apply_fully_sharded_data_parallelism, cls._resolve_parallel_plans = original, resolve
+
+
+def _experts_plan(model: nn.Module) -> dict[str, str]:
+    """Each experts module of `model` to exchange tokens, and each parameter with a row an expert to be split."""
+    plan = {}
+    for name, experts in experts_modules(model):
+        layer = replace_layer_number_by_wildcard(name)
+        plan[layer] = "ep_dispatch_experts"
+        for key, parameter in experts.named_parameters(recurse=False):
+            if parameter.ndim > 1 and parameter.shape[0] == experts.num_experts:
+                plan[f"{layer}.{key}"] = "grouped_gemm"
+    return plan
 
 
 def distribute(model: Any, config: DistributedConfig) -> Any:
@@ -198,25 +228,6 @@ def observing_initialization(observe: Callable[[Any, nn.Module, Callable[[], Non
         cls._initialize_weights, cls.init_weights = original, original_whole
 
 
-@contextmanager
-def scanning_by(model: Any, scan: Callable[..., Any]) -> Iterator[None]:
-    """Let the Mamba2 layers of `model` call `scan`, and leave all other optional packages (mamba_ssm, causal_conv1d,
-    fla) aside for Transformers' own PyTorch: their kernels take no fake tensors.
-
-    Called as `mamba_chunk_scan_combined(x [B, S, H, D], dt, A, B, C, …)`.
-    """
-    module = vars(sys.modules[type(model).__module__])
-    # What `use_kernel_func_from_hub_with_fallback` made: the reference is inside.
-    original = {name: value for name, value in module.items()
-                if "torch_function" in getattr(getattr(value, "__code__", None), "co_freevars", ())}  # fmt: skip
-    for name, value in original.items():
-        module[name] = scan if name == MAMBA_SCAN else value.__wrapped__
-    try:
-        yield
-    finally:
-        module.update(original)
-
-
 def initialize_module(model: Any, module: nn.Module) -> None:
     """Give `module`'s parameters the first values that the class of `model` has for them."""
     model._init_weights(module)
@@ -241,7 +252,7 @@ def num_routed_experts(config: PretrainedConfig) -> int | None:
     """The number of routed experts a layer of this architecture has, or None for a dense one."""
     config = config.get_text_config()
     for place in (config, getattr(config, "ffn_config", None)):  # DBRX has a section of its own
-        for name in _NUM_EXPERTS:
+        for name in NUM_EXPERTS:
             if (value := getattr(place, name, None)) is not None:
                 return int(value)
     return None

@@ -67,6 +67,22 @@ def test_activation_checkpointing_inside(checkpointing) -> None:
     torch.testing.assert_close(compiled_grads, grads)
 
 
+def test_floats_of_the_config_are_constants_of_the_graph() -> None:
+    """Each would cost the host a tensor at every call, and its value back."""
+    inputs, before = [], torch._dynamo.config.specialize_float
+
+    def look(graph, example_inputs):
+        inputs.extend(value for value in example_inputs if isinstance(value, torch.Tensor) and value.dim() == 0)
+        return graph.forward
+
+    model = accelerated("qwen3_moe")
+    compile_layers(model, look)
+    step(model, tiny_batch())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert not inputs
+    assert torch._dynamo.config.specialize_float is before
+
+
 def test_generate_and_deepcopy() -> None:
     model, ids = accelerated("qwen3_moe"), tiny_batch()[:1, :7]
     model.config.use_cache = True

@@ -1,7 +1,6 @@
 """What slipstream/hf.py relies on in Transformers. A failure here means that upstream moved something."""
 
 import inspect
-import sys
 
 import pytest
 import torch
@@ -78,6 +77,8 @@ def test_checkpoint_hooks() -> None:
 def test_exchanges_and_initialisation() -> None:
     assert EPImplementationInterface()["slipstream_all_to_all"] is dispatch.AllToAllExchange
     assert issubclass(dispatch.AllToAllExchange, hf.Exchange)
+    assert hf.exchange("slipstream_nvlink") is dispatch.NvlinkExchange
+    assert issubclass(hf.exchange("all_to_all"), hf.Exchange)
     seen = []
     with hf.observing_initialization(lambda model, module, initialize: seen.append(module) or initialize()):
         model = tiny_model("llama", None)
@@ -178,29 +179,3 @@ def test_packing_is_looked_for_by_this_name() -> None:
         assert masking_utils.find_packed_sequence_indices is once
     finally:
         masking_utils.find_packed_sequence_indices = original
-
-
-def test_mamba_scan_can_be_replaced() -> None:
-    """By a name of the modelling file, which the layers look up at every call; put back afterwards."""
-    model = tiny_model("nemotron_h")
-    calls = []
-
-    def scan(x_BSHD: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, **rest):  # type: ignore[no-untyped-def]
-        calls.append((x_BSHD.shape, dt.shape, B.shape == C.shape))
-        return torch.zeros_like(x_BSHD)
-
-    ids = tiny_batch(1, 16)
-    before = model(input_ids=ids, use_cache=False).logits
-    module = sys.modules[type(model).__module__]
-    conv = module.causal_conv1d_fn
-    with hf.scanning_by(model, scan):
-        assert module.causal_conv1d_fn is conv.__wrapped__
-        model(input_ids=ids, use_cache=False)
-    config = model.config
-    heads = (1, 16, config.mamba_num_heads)
-    mamba = sum(kind == "linear_attention" for kind in config.layer_types)
-    assert calls == [((*heads, config.mamba_head_dim), heads, True)] * mamba
-    assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
-    assert module.causal_conv1d_fn is conv
-    with hf.scanning_by(tiny_model("llama"), scan):  # has none
-        pass

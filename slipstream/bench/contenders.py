@@ -53,6 +53,8 @@ def build(job: Job, device: torch.device, ranks: int) -> Contender:
         ImportError: its package is not installed.
     """
     if job.contender == "nemo":
+        if job.options.lora is not None:
+            raise ValueError("nemo has adapters of its own, which are not PEFT's; leave --lora or nemo out")
         from slipstream.bench.nemo import build_nemo  # its environment may have an older Transformers
 
         return build_nemo(job, device, ranks)
@@ -89,8 +91,13 @@ def _slipstream(job: Job, device: torch.device, ranks: int) -> Contender:
             options.config(), dtype=torch.bfloat16, backend={**options.backend, "gate": job.gate},
             distributed_setup=setup,
         )  # fmt: skip
+    described = slipstream.describe(model)
+    modules = [module for _, module in hf.experts_modules(model)]
+    adapted: dict[str, str] = {}
+    if options.lora is not None:
+        model, adapted = _with_adapters(model, options.lora)
     model.train()
-    if options.optimizer == "torch":
+    if options.optimizer == "torch" or options.lora is not None:
         optimizers = torch_adamw(model)
     else:
         from slipstream.optim import AdamW
@@ -100,15 +107,16 @@ def _slipstream(job: Job, device: torch.device, ranks: int) -> Contender:
         model=model,
         loss=partial(_loss, model),
         optimizers=optimizers,
-        experts=[module for _, module in hf.experts_modules(model)],
+        experts=modules,
         num_experts=hf.num_routed_experts(model.config),
-        settings={choice.operation: choice.chosen for choice in slipstream.describe(model).choices}
-        | {"optimizer": f"{type(optimizers[0]).__module__}.{type(optimizers[0]).__name__}"},
+        settings={choice.operation: choice.chosen for choice in described.choices}
+        | {"optimizer": f"{type(optimizers[0]).__module__}.{type(optimizers[0]).__name__}"}
+        | adapted,
     )
 
 
 def _transformers(job: Job, device: torch.device, ranks: int) -> Contender:
-    from slipstream import hf
+    from slipstream import hf, hf_models
     from slipstream.parallel.initialize import build_sharded
     from slipstream.parallel.setup import DistributedSetup
 
@@ -117,7 +125,8 @@ def _transformers(job: Job, device: torch.device, ranks: int) -> Contender:
     if job.contender == "transformers-ep" and parallel.ep_size == 1:
         raise ValueError("with ep_size=1 transformers-ep is transformers; give --nproc 2 or more")
     parallel.check(hf.num_routed_experts(config))
-    experts = {} if hf.num_routed_experts(config) is None else {"experts_implementation": "grouped_mm"}
+    has_interface = hf.num_routed_experts(config) is not None and hf_models.takes_experts_implementation(config)
+    experts = {"experts_implementation": "grouped_mm"} if has_interface else {}
     # "sdpa" is what Transformers takes by itself where the architecture has it; asked for, it refuses the others.
     attention = {} if options.rival_attn == "sdpa" else {"attn_implementation": options.rival_attn}
     from_config = partial(
@@ -142,12 +151,15 @@ def _transformers(job: Job, device: torch.device, ranks: int) -> Contender:
         hf.checkpoint_layers(model)
         if options.activation_checkpointing == "selective":
             notes.append("activation checkpointing: full (Transformers has no selective one)")
-    model.train()
     if job.contender == "transformers-liger":
         notes.append(_apply_liger(model, keep_experts=parallel.ep_size > 1))
     modules = [module for _, module in hf.experts_modules(model)]
     if job.gate == "balanced":
         _balance(modules, hf.num_routed_experts(config) or 0)
+    adapted: dict[str, str] = {}
+    if options.lora is not None:
+        model, adapted = _with_adapters(model, options.lora)
+    model.train()
     return Contender(
         model=model,
         loss=partial(_loss, model),
@@ -155,9 +167,25 @@ def _transformers(job: Job, device: torch.device, ranks: int) -> Contender:
         experts=modules,
         num_experts=hf.num_routed_experts(config),
         settings={"attn": found, **({"experts": hf.experts_implementation(model)} if experts else {}),
-                  "parallel": _layout(ranks, parallel.ep_size), "optimizer": "torch.optim.AdamW(fused=True)"},
+                  "parallel": _layout(ranks, parallel.ep_size), "optimizer": "torch.optim.AdamW(fused=True)"}
+        | adapted,
         notes=notes,
     )  # fmt: skip
+
+
+def _with_adapters(model: Any, rank: int) -> tuple[Any, dict[str, str]]:
+    """PEFT's adapters on all linear layers and all experts of `model`, the same first values on every side, and what to
+    say of them. None starts at zero, so that the first losses show whether the sides compute the same."""
+    from peft import LoraConfig, get_peft_model
+
+    from slipstream.adapters import all_experts
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False,
+                        target_parameters=all_experts(model) or None)  # fmt: skip
+    model = get_peft_model(model, config)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return model, {"lora": f"r={rank}, {trained / 1e6:.1f} M parameters train"}
 
 
 def _loss(model: Any, batch: Batch) -> torch.Tensor:

@@ -26,6 +26,8 @@ class Options:
         activation_checkpointing: "none", "selective" or "full".
         device: "cuda" or "cpu".
         optimizer: ours, "slipstream" or "torch". Rivals have torch's fused AdamW.
+        lora: train PEFT's adapters of this rank on attention, dense layers and experts instead of the weights; all
+            sides have torch's fused AdamW then.
         backend: fields of our `BackendConfig`.
         rival_attn: the attention that rivals on Transformers load with, where the architecture has it.
         nemo_backend: fields of NeMo's `BackendConfig` that win over those of `bench/nemo.py`.
@@ -46,6 +48,7 @@ class Options:
     activation_checkpointing: str = "none"
     device: str = "cuda"
     optimizer: str = "slipstream"
+    lora: int | None = None
     backend: dict[str, Any] = field(default_factory=dict)
     rival_attn: str = "sdpa"
     nemo_backend: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +61,8 @@ class Options:
             raise ValueError(f"warmup={self.warmup}: give 1 or more, the first step compiles and allocates")
         if self.packed is not None and (self.packed < 1 or self.seq_len % self.packed):
             raise ValueError(f"packed={self.packed} does not divide the {self.seq_len} tokens of a row")
+        if self.lora is not None and self.lora < 1:
+            raise ValueError(f"lora={self.lora}: give the rank, 1 or more")
         if self.nproc % self.ep_size:
             raise ValueError(f"ep_size={self.ep_size} does not divide the {self.nproc} ranks")
         if self.optimizer not in ("slipstream", "torch"):

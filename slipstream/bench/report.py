@@ -37,6 +37,8 @@ def build_report(
     config = options.config()
     parameters = count_parameters(config)
     per_token = training_flops(config, options.seq_len, options.packed)
+    if options.lora is not None:
+        per_token *= 2 / 3  # no gradients of frozen weights; the adapters' own operations are left out
     done = [run for run in runs if "error" not in run]
     device = done[0]["device_name"] if done else options.device
     rows: list[dict[str, Any]] = []
@@ -160,10 +162,11 @@ def terminal_table(report: dict[str, Any]) -> Table:
 def _headline(report: dict[str, Any]) -> str:
     options, model = report["options"], report["model"]
     packed = f" packed with documents of {options['packed']}" if options["packed"] else ""
+    lora = f"LoRA r={options['lora']}, " if options["lora"] else ""
     return (
         f"{options['model']}{' (tiny)' if options['tiny'] else ''}, {model['layers']} layers, "
-        f"{_count(model['parameters'])} parameters, {options['micro_batch']} x {options['seq_len']} tokens{packed} "
-        f"on {report['device']}"
+        f"{_count(model['parameters'])} parameters, {lora}"
+        f"{options['micro_batch']} x {options['seq_len']} tokens{packed} on {report['device']}"
     )
 
 
@@ -246,6 +249,8 @@ def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
              f"{report['model']['layers']}l", f"{options['micro_batch']}x{options['seq_len']}"]  # fmt: skip
     if options["packed"]:
         parts.append(f"packed{options['packed']}")
+    if options["lora"]:
+        parts.append(f"lora{options['lora']}")
     stem = re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower())
     folder.mkdir(parents=True, exist_ok=True)
     name, number = stem, 1

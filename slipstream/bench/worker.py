@@ -20,6 +20,7 @@ _PACKAGES = (
     "torch",
     "triton",
     "transformers",
+    "peft",
     "liger-kernel",
     "nemo-automodel",
     "torchao",

@@ -5,6 +5,7 @@ import sys
 import typer
 
 from slipstream.cli.bench import bench
+from slipstream.cli.coverage import coverage
 from slipstream.cli.doctor import doctor
 from slipstream.cli.finetune import finetune
 from slipstream.cli.launch import launch
@@ -30,6 +31,7 @@ app.command()(launch)
 app.command()(report)
 app.command()(upcycle)
 app.add_typer(bench, name="bench")
+app.command()(coverage)
 app.command()(doctor)
 
 

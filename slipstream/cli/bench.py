@@ -1,6 +1,7 @@
-"""`slipstream bench`: a training step beside others', and its expert layer, optimizer and loss alone."""
+"""`slipstream bench`: a training step beside others', and its expert layer, exchange, optimizer and loss alone."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def step(
     optimizer: Annotated[
         str, typer.Option(help="Ours: slipstream or torch (rivals: torch's fused AdamW).")
     ] = "slipstream",
+    lora: Annotated[int | None, typer.Option(help="Train PEFT adapters of this rank, experts included.")] = None,
     backend: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Our BackendConfig's field.")] = None,
     rival_attn: Annotated[str, typer.Option(help="Attention of rivals on Transformers.")] = "sdpa",
     rival_env: Annotated[
@@ -87,6 +89,7 @@ def step(
         activation_checkpointing=activation_checkpointing,
         device=device,
         optimizer=optimizer,
+        lora=lora,
         backend=_pairs("--backend", backend),
         rival_attn=rival_attn,
         nemo_backend=_pairs("--nemo-backend", nemo_backend),
@@ -159,6 +162,51 @@ def layer(
             [*about, *figures, f"{100 * row['of_ceiling']['forward_backward']:.0f} %", f"{row['peak_gib']:.2f}"]
         )
     _show(f"expert layer of {model}", columns, cells, rows, json_file)
+
+
+@bench.command()
+def dispatch(
+    model: Model = "qwen3-30b-a3b",
+    tokens: Annotated[int, typer.Option(help="Tokens of each rank.")] = 4096,
+    nproc: Annotated[int, typer.Option(help="Ranks to start here, one a GPU; torchrun's count under torchrun.")] = 2,
+    iterations: Iterations = 20,
+    tiny: Tiny = False,
+    json_file: Json = None,
+) -> None:
+    """The exchange of tokens between experts' ranks alone: dispatch and combine, forward and backward."""
+    if json_file is not None and json_file.exists():
+        raise ValueError(f"--json {json_file}: the file exists already; give another")
+    if "RANK" not in os.environ:
+        from slipstream.cli.ranks import start_ranks
+
+        arguments = ["--model", model, "--tokens", str(tokens), "--iterations", str(iterations), *["--tiny"] * tiny]
+        arguments += [] if json_file is None else ["--json", str(json_file)]
+        raise typer.Exit(start_ranks(nproc, ["bench", "dispatch", *arguments]))
+    import torch.distributed as dist
+
+    from slipstream.bench.dispatch import bench_dispatch
+    from slipstream.bench.timing import parse_device
+    from slipstream.parallel.setup import DistributedSetup, join_process_group
+
+    join_process_group(DistributedSetup())
+    rows = bench_dispatch(model, tokens, parse_device(_device(None)), tiny=tiny, iterations=iterations)
+    if dist.get_rank() == 0:
+        cells = []
+        for row in rows:
+            about = [row["routing"], row["contender"]]
+            if "error" in row:
+                cells.append([*about, row["error"]])
+                continue
+            ms = row["ms"]
+            forward = [_spread(ms[part]) if part in ms else "" for part in ("dispatch", "combine")]
+            if "dispatch + combine" in ms:
+                forward = [f"both {_spread(ms['dispatch + combine'])}", ""]
+            backward, rate, host = _spread(ms["backward"]), f"{row['gb_per_s']:.0f}", f"{row['host_ms']:.2f}"
+            cells.append([*about, *forward, backward, f"{row['wire_bytes'] / 1e6:.1f}", rate, host])
+        columns = ("routing", "contender", "dispatch ms", "combine ms", "backward ms", "MB one way", "GB/s", "host ms")
+        title = f"exchange of {model}, {dist.get_world_size()} ranks of {tokens} tokens x {rows[0]['hidden']} bf16"
+        _show(title, columns, cells, rows, json_file)
+    dist.destroy_process_group()
 
 
 @bench.command()

@@ -4,6 +4,7 @@ Registered there as "slipstream" (and "slipstream_balanced" for benchmarks), so 
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,13 @@ from slipstream import hf
 from slipstream.kernels.expert_activation import Activation
 from slipstream.moe.activation import activation_name, function_named, own_function
 from slipstream.moe.grouped_mlp import grouped_mlp, grouped_mlp_autograd
+from slipstream.moe.lora import LowRank
 from slipstream.moe.routing import balanced_index
 from slipstream.numerics import compute_dtype
+
+# On an experts module with adapters: what gives the one of a projection (by its name, in a dtype), or None.
+ADAPTERS = "_slipstream_adapters"
+Adapters = Callable[[str, torch.dtype], LowRank | None]
 
 
 def flavour(experts: Any) -> str:
@@ -51,9 +57,14 @@ def experts_forward(
         post_norm = experts.post_expert_norm if experts.has_post_expert_norm else None
         mlp, activation = partial(grouped_mlp_autograd, post_norm=post_norm), own_function(experts)
     up, down, up_bias, down_bias = projections(experts)
+    adapters: Adapters | None = getattr(experts, ADAPTERS, None)
+    up_lora, down_lora = None, None
+    if adapters is not None:
+        up_lora, down_lora = (adapters(name, up.dtype) for name in projection_names(experts))
     return mlp(
-        x_TH, weights_TK, idx_TK, up, down, activation, up_bias_EN=up_bias, down_bias_EH=down_bias, num_rows=num_rows
-    )
+        x_TH, weights_TK, idx_TK, up, down, activation, up_bias_EN=up_bias, down_bias_EH=down_bias, num_rows=num_rows,
+        up_lora=up_lora, down_lora=down_lora,
+    )  # fmt: skip
 
 
 def is_fused(experts: Any) -> bool:
@@ -61,15 +72,20 @@ def is_fused(experts: Any) -> bool:
     return activation_name(experts) is not None and not experts.has_post_expert_norm
 
 
+def projection_names(experts: Any) -> tuple[str, str]:
+    """What `experts` calls the weights of its up and down projection."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
 def projections(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Up and down as `[E, in, out]` views in the dtype to compute in, and their biases."""
-    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    up_bias = "gate_up_proj_bias" if experts.has_gate else "up_proj_bias"
+    up_name, _ = projection_names(experts)
+    up = getattr(experts, up_name)
     dtype = compute_dtype(up)
     return (
         _in_out(up.to(dtype), experts),
         _in_out(experts.down_proj.to(dtype), experts),
-        getattr(experts, up_bias).to(dtype) if experts.has_bias else None,
+        getattr(experts, f"{up_name}_bias").to(dtype) if experts.has_bias else None,
         experts.down_proj_bias.to(dtype) if experts.has_bias else None,
     )
 

@@ -3,10 +3,11 @@
 One operator, opaque to torch.compile, so that a decoder layer compiles around it; no host synchronisation and the same
 launches whatever the routing. Saves only the input and the pre-activation for backward, after SonicMoE (Guo et al.
 2025, arXiv 2512.14080): the activation is recomputed, and the routing weights' gradient comes from the down
-projection's input gradient, so that neither the gathered rows nor the down projection's output are kept.
+projection's input gradient, so that neither the gathered rows nor the down projection's output are kept. A frozen
+weight costs no gradient; low-rank adapters beside it (`moe/lora.py`) are part of the operator.
 
-Dims: T tokens, H hidden, K experts per token, E experts, R = T * K rows sorted by expert, I intermediate,
-N = I, or 2I where gate and up are fused. Weights are `[E, in, out]` views, whatever their layout in memory.
+Dims: T tokens, H hidden, K experts per token, E experts, R = T * K rows sorted by expert, I intermediate, r rank of an
+adapter, N = I, or 2I where gate and up are fused. Weights are `[E, in, out]` views, whatever their layout in memory.
 """
 
 from typing import Any
@@ -25,11 +26,13 @@ from slipstream.kernels.gather_rows import gather_rows
 from slipstream.kernels.sum_rows import sum_rows, sum_rows_reference
 from slipstream.moe.activation import Function, function_named
 from slipstream.moe.grouped_mm import bias_grad, grouped_mm, weight_grad
+from slipstream.moe.lora import LowRank, factor_grads, project
 from slipstream.moe.routing import Routing, sort_by_expert
 
 _INPUTS = (
     "(Tensor x_TH, Tensor weights_TK, Tensor idx_TK, Tensor up_EHN, Tensor down_EIH, "
-    "Tensor? up_bias_EN, Tensor? down_bias_EH, str activation"
+    "Tensor? up_bias_EN, Tensor? down_bias_EH, "
+    "Tensor? up_a_EHr, Tensor? up_b_ErN, Tensor? down_a_EIr, Tensor? down_b_ErH, str activation"
 )
 
 
@@ -43,15 +46,18 @@ def grouped_mlp(
     up_bias_EN: Tensor | None = None,
     down_bias_EH: Tensor | None = None,
     num_rows: int | None = None,
+    up_lora: LowRank | None = None,
+    down_lora: LowRank | None = None,
 ) -> Tensor:
     """Weighted sum of each token's experts, `[T, H]` in the dtype of `x_TH`. Oracle: `reference.experts_reference`.
 
     `activation` is a name for `activation.function_named`: `[R, N] -> [R, I]` row by row, without trainable parameters.
     The GEMMs run in the weights' dtype, sums over experts in fp32. An id >= E adds nothing; `num_rows` is how many are
-    below E, where the host knows it.
+    below E, where the host knows it. The adapters add to `up_EHN` and `down_EIH`, in the same dtype.
     """
+    factors = (*(up_lora or (None, None)), *(down_lora or (None, None)))
     return torch.ops.slipstream.experts(
-        x_TH, weights_TK, idx_TK, up_EHN, down_EIH, up_bias_EN, down_bias_EH, activation, num_rows
+        x_TH, weights_TK, idx_TK, up_EHN, down_EIH, up_bias_EN, down_bias_EH, *factors, activation, num_rows
     )[0]
 
 
@@ -73,16 +79,20 @@ def _experts(
     down_EIH: Tensor,
     up_bias_EN: Tensor | None,
     down_bias_EH: Tensor | None,
+    up_a_EHr: Tensor | None,
+    up_b_ErN: Tensor | None,
+    down_a_EIr: Tensor | None,
+    down_b_ErH: Tensor | None,
     activation: str,
     num_rows: int | None,
 ) -> tuple[Tensor, ...]:
     """The output, and for backward: the pre-activation without its bias, and the routing."""
     routing = sort_by_expert(idx_TK, up_EHN.shape[0], num_rows)
     rows_RH = gather_rows(x_TH, routing.slot_R, idx_TK.shape[1], routing.ends_E, up_EHN.dtype)
-    hidden_RN = grouped_mm(rows_RH, up_EHN, routing.ends_E)
+    hidden_RN = project(rows_RH, up_EHN, up_a_EHr, up_b_ErN, routing.ends_E)
     del rows_RH
     act_RI = _activate(function_named(activation), hidden_RN, up_bias_EN, routing)
-    y_RH = grouped_mm(act_RI, down_EIH, routing.ends_E)
+    y_RH = project(act_RI, down_EIH, down_a_EIr, down_b_ErH, routing.ends_E)
     out_TH = sum_rows(y_RH, routing.row_TK, weights_TK, x_TH.dtype, down_bias_EH, idx_TK)
     return out_TH, hidden_RN, *routing
 
@@ -96,6 +106,10 @@ def _(
     down_EIH: Tensor,
     up_bias_EN: Tensor | None,
     down_bias_EH: Tensor | None,
+    up_a_EHr: Tensor | None,
+    up_b_ErN: Tensor | None,
+    down_a_EIr: Tensor | None,
+    down_b_ErH: Tensor | None,
     activation: str,
     num_rows: int | None,
 ) -> tuple[Tensor, ...]:
@@ -117,19 +131,25 @@ def _experts_backward(
     down_EIH: Tensor,
     up_bias_EN: Tensor | None,
     down_bias_EH: Tensor | None,
+    up_a_EHr: Tensor | None,
+    up_b_ErN: Tensor | None,
+    down_a_EIr: Tensor | None,
+    down_b_ErH: Tensor | None,
     activation: str,
     hidden_RN: Tensor,
     routing: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of x, weights, up, down, up bias and down bias: those that `needs` asks for, in this order."""
-    need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
+    """Gradients of x, weights, up, down, the biases and the adapters' factors: those that `needs` asks for, in the
+    order of the arguments."""
+    need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias, *need_factors = needs
+    need_up_lora, need_down_lora = any(need_factors[:2]), any(need_factors[2:])
     route, top_k = Routing(*routing), idx_TK.shape[1]
     grads: dict[int, Tensor] = {}
 
     grad_RH = gather_rows(grad_TH, route.slot_R, top_k, route.ends_E, down_EIH.dtype)
     # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
-    grad_act_RI = grouped_mm(grad_RH, down_EIH.transpose(1, 2), route.ends_E)
+    grad_act_RI = project(grad_RH, *_transposed(down_EIH, down_b_ErH, down_a_EIr), route.ends_E)
     through = _activation_gradients(function_named(activation), hidden_RN, up_bias_EN, route, grad_act_RI, weights_TK)
     del grad_act_RI
     if need_weights:
@@ -138,19 +158,28 @@ def _experts_backward(
             grads[1] = grads[1] + _bias_products(grad_TH, down_bias_EH, idx_TK).to(grads[1].dtype)
     if need_down:
         grads[3] = weight_grad(through.weighted_RI, grad_RH, route.ends_E, down_EIH)
+    if need_down_lora:
+        assert down_a_EIr is not None
+        assert down_b_ErH is not None
+        grads[8], grads[9] = factor_grads(through.weighted_RI, grad_RH, down_a_EIr, down_b_ErH, route.ends_E)
     del grad_RH
     if need_down_bias:
         grads[5] = _weights_by_expert(weights_TK, idx_TK, down_EIH).t() @ grad_TH.to(down_EIH.dtype)
     if need_up_bias:
         grads[4] = bias_grad(through.hidden_RN, route.ends_E)
     if need_x:
-        grad_rows_RH = grouped_mm(through.hidden_RN, up_EHN.transpose(1, 2), route.ends_E)
+        grad_rows_RH = project(through.hidden_RN, *_transposed(up_EHN, up_b_ErN, up_a_EHr), route.ends_E)
         grads[0] = sum_rows(grad_rows_RH, route.row_TK, None, x_TH.dtype)
         del grad_rows_RH
-    if need_up:
+    if need_up or need_up_lora:
         rows_RH = gather_rows(x_TH, route.slot_R, top_k, route.ends_E, up_EHN.dtype)
-        grads[2] = weight_grad(rows_RH, through.hidden_RN, route.ends_E, up_EHN)
-    return [grads[position] for position in sorted(grads)]
+        if need_up:
+            grads[2] = weight_grad(rows_RH, through.hidden_RN, route.ends_E, up_EHN)
+        if need_up_lora:
+            assert up_a_EHr is not None
+            assert up_b_ErN is not None
+            grads[6], grads[7] = factor_grads(rows_RH, through.hidden_RN, up_a_EHr, up_b_ErN, route.ends_E)
+    return [grads[position] for position, need in enumerate(needs) if need]
 
 
 @torch.library.register_fake("slipstream::experts_backward")
@@ -163,12 +192,17 @@ def _(
     down_EIH: Tensor,
     up_bias_EN: Tensor | None,
     down_bias_EH: Tensor | None,
+    up_a_EHr: Tensor | None,
+    up_b_ErN: Tensor | None,
+    down_a_EIr: Tensor | None,
+    down_b_ErH: Tensor | None,
     activation: str,
     hidden_RN: Tensor,
     routing: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    inputs = (x_TH, weights_TK, up_EHN, down_EIH, up_bias_EN, down_bias_EH)
+    inputs = (x_TH, weights_TK, up_EHN, down_EIH, up_bias_EN, down_bias_EH,
+              up_a_EHr, up_b_ErN, down_a_EIr, down_b_ErH)  # fmt: skip
     return [
         torch.empty_like(tensor) if tensor.dim() == 3 else tensor.new_empty(tensor.shape)
         for tensor, need in zip(inputs, needs, strict=True)
@@ -185,12 +219,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    x, weights, idx, up, down, up_bias, down_bias, hidden_RN, *routing = ctx.saved_tensors
-    positions = (0, 1, 3, 4, 5, 6)
+    *tensors, hidden_RN, slot_R, row_TK, ends_E, expert_R = ctx.saved_tensors
+    routing = [slot_R, row_TK, ends_E, expert_R]
+    positions = [position for position in range(len(tensors)) if position != 2]  # the ids have no gradient
     needs = [ctx.needs_input_grad[position] for position in positions]
-    result: list[Tensor | None] = [None] * 9
+    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad_TH is not None and any(needs):
-        tensors = (x, weights, idx, up, down, up_bias, down_bias)
         grads = iter(
             torch.ops.slipstream.experts_backward(grad_TH, *tensors, ctx.activation, hidden_RN, routing, needs)
         )
@@ -202,6 +236,11 @@ def _backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None,
 torch.library.impl("slipstream::experts", "default", _experts)
 torch.library.impl("slipstream::experts_backward", "default", _experts_backward)
 torch.library.register_autograd("slipstream::experts", _backward, setup_context=_save)
+
+
+def _transposed(weight: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What projects backwards: the transposes of a weight and of two factors."""
+    return weight.transpose(1, 2), None if a is None else a.transpose(1, 2), None if b is None else b.transpose(1, 2)
 
 
 def _activate(function: Function, hidden_RN: Tensor, bias_EN: Tensor | None, routing: Routing) -> Tensor:
@@ -244,6 +283,8 @@ def grouped_mlp_autograd(
     down_bias_EH: Tensor | None = None,
     num_rows: int | None = None,
     post_norm: Function | None = None,
+    up_lora: LowRank | None = None,
+    down_lora: LowRank | None = None,
 ) -> Tensor:
     """What `grouped_mlp` computes, left to autograd: for activations and post-expert norms with trainable parameters.
 
@@ -256,12 +297,16 @@ def grouped_mlp_autograd(
         # Zeroed rows on the way in have zeroed gradients on the way back, where grouped_mm leaves memory as it was.
         return rows.masked_fill(unowned_R1, 0) if num_rows is None else rows
 
-    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, lora: LowRank | None) -> Tensor:
         out = clean(grouped_mm(rows, weight, routing.ends_E))
+        if lora is not None:
+            low_Rr = clean(grouped_mm(rows, lora.a_EAr, routing.ends_E))
+            out = out + clean(grouped_mm(low_Rr, lora.b_ErB, routing.ends_E))
         return out if bias is None else out + bias[routing.expert_R]
 
     rows_RH = clean(x_TH[routing.token_R].to(up_EHN.dtype))
-    y_RH = linear(clean(activation(linear(rows_RH, up_EHN, up_bias_EN))), down_EIH, down_bias_EH)
+    act_RI = clean(activation(linear(rows_RH, up_EHN, up_bias_EN, up_lora)))
+    y_RH = linear(act_RI, down_EIH, down_bias_EH, down_lora)
     if post_norm is not None:
         y_RH = post_norm(y_RH)
     return sum_rows_reference(y_RH, routing.row_TK, weights_TK, x_TH.dtype)

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from slipstream import hf
+from slipstream import hf, hf_models
 from slipstream.moe.dispatch import GRADIENT_DIVISOR
 from slipstream.parallel.setup import DistributedSetup
 
@@ -126,8 +126,18 @@ def _placement(model: Any, ranks: int) -> Callable[[nn.Parameter], Shard | None]
         for parameter in experts.parameters()
         if parameter.ndim == 3
     }
+    names = hf_models.merged_along_dim0(model)
+    merged = {id(parameter): name for name, parameter in model.named_parameters() if name in names}
 
     def place(parameter: nn.Parameter) -> Shard | None:
+        if name := merged.get(id(parameter)):
+            fits = [at for at in range(1, parameter.ndim) if parameter.shape[at] % ranks == 0]
+            if not fits and ranks > 1:
+                raise ValueError(
+                    f"{name} {tuple(parameter.shape)} is put together from several tensors of the checkpoint and does "
+                    f"not divide over {ranks} ranks otherwise; use a number of ranks that divides {parameter.shape[-1]}"
+                )
+            return Shard(fits[-1]) if fits else None
         dim = inner.get(id(parameter))
         if dim is None:
             return None

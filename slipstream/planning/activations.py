@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import slipstream.moe.experts  # noqa: F401  (registers the expert path)
-from slipstream import hf
+from slipstream import hf, hf_models
 from slipstream.moe.activation import activation_name
 from slipstream.planning.flops import meta_model, top_k
 
@@ -135,7 +135,7 @@ def model_shape(config: PretrainedConfig, seq_len: int) -> Shape:
         trace = _Trace(model.parameters(), watched.values())
         ids = torch.zeros(1, seq_len, dtype=torch.long)
         saving = torch.autograd.graph.saved_tensors_hooks(trace.save, lambda saved: saved)
-        with hf.scanning_by(model, _scan), trace, saving:
+        with hf_models.scanning_by(model, _scan), trace, saving:
             model.get_decoder()(input_ids=ids, use_cache=False)
     by_kind = {kind: _layer(entry, trace, seq_len, config) for kind, entry in watched.items()}
     found = tuple(by_kind[kind] for kind in kinds)

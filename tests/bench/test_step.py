@@ -37,6 +37,20 @@ def test_balanced_gate_is_the_same_on_both_sides(name: str) -> None:
     assert sides[0]["first_loss"] != learned["first_loss"]
 
 
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gpt-oss-20b"])
+def test_both_sides_train_the_same_adapters(name: str) -> None:
+    found = [execute(Job(options(name, steps=3, lora=4), side, "balanced")) for side in ("transformers", "slipstream")]
+    bare = execute(Job(options(name), "transformers", "balanced"))["first_loss"]
+    assert found[0]["first_loss"] == pytest.approx(found[1]["first_loss"], rel=LOSS_BOUND / 3)
+    assert found[0]["first_loss"] != pytest.approx(bare, rel=LOSS_BOUND / 3)
+    said = [side["settings"]["lora"] for side in found]
+    assert said[0] == said[1]
+    assert said[0].startswith("r=4, ")
+    for side in found:
+        assert side["last_loss"] < side["first_loss"]
+        assert "torch" in side["settings"]["optimizer"]
+
+
 @pytest.mark.parametrize("side", ["transformers", "slipstream"])
 def test_packed_documents_do_not_see_each_other(side: str) -> None:
     """The first documents' loss does not change with what follows in the row."""
@@ -103,6 +117,7 @@ def test_what_a_side_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"warmup": 0}, "give 1 or more"),
         ({"nproc": 4, "ep_size": 3}, "does not divide the 4 ranks"),
         ({"optimizer": "sgd"}, "use 'slipstream' or 'torch'"),
+        ({"lora": 0}, "give the rank, 1 or more"),
     ],
 )
 def test_options_that_do_not_fit(changes: dict[str, object], words: str) -> None:

@@ -215,9 +215,10 @@ def test_what_the_compiler_is_told_is_true(frozen, biased, transposed) -> None:
     idx, inputs, function = problem("plain", "swiglu", biased, transposed, torch.bfloat16)
     name = register(function.__name__, FUSED[function])
     tensors = [inputs.get(key) for key in ("x_TH", "weights_TK", "up_EHN", "down_EIH", "up_bias_EN", "down_bias_EH")]
-    arguments = (*tensors[:2], idx, *tensors[2:], name)
+    no_adapters = [None] * 4
+    arguments = (*tensors[:2], idx, *tensors[2:], *no_adapters, name)
     out = torch.ops.slipstream.experts(*arguments, None)
-    needs = [tensor is not None and not (frozen and tensor.shape[0] == 8) for tensor in tensors]
+    needs = [tensor is not None and not (frozen and tensor.shape[0] == 8) for tensor in (*tensors, *no_adapters)]
     backward = (torch.randn_like(inputs["x_TH"]), *arguments, out[1], list(out[2:]), needs)
     grads = torch.ops.slipstream.experts_backward(*backward)
     assert len(grads) == sum(needs)

@@ -340,7 +340,7 @@ def test_a_gpu_trains_as_the_cpu_and_is_not_waited_for(options) -> None:
     starts = [torch.randn(shape).bfloat16() for shape in shapes]
     ends = []
     for device in ("cpu", "cuda"):
-        params = [nn.Parameter(start.to(device)) for start in starts]
+        params = [nn.Parameter(start.to(device, copy=True)) for start in starts]
         params[-1] = nn.Parameter(params[-1].detach().T)
         optimizer = AdamW(params, lr=1e-3, **options)
         for step in grads:

@@ -1,0 +1,275 @@
+"""LoRA adapters of PEFT on the weights of experts (`LoraConfig(target_parameters=[...])`), without the delta weight.
+
+PEFT wraps the experts module once for each weight (`ParamWrapper`) and would put `W + scaling * B @ A` in the weight's
+place for every forward. Where the module's forward is Slipstream's, the experts' operator takes the factors instead.
+Parameters, names and files stay PEFT's own.
+
+Where the experts are spread over ranks, the factors are spread over the same ranks by their first dimension, whole for
+the time of a forward: PEFT orders a factor's columns by rank first, so that an expert's are no block of them.
+
+Everything of PEFT that is not public is touched here. Checked against PEFT 0.21.2.
+"""
+
+import copy
+import functools
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from slipstream import hf
+from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR, scale_gradient
+from slipstream.moe.experts import ADAPTERS, projection_names
+from slipstream.moe.lora import LowRank, low_rank
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ALL_EXPERTS = "all-experts"
+# Settings that PEFT has for linear layers but not for parameters, and what leaves them out.
+_NOT_FOR_EXPERTS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
+
+
+def install(model: nn.Module) -> None:
+    """Let PEFT's adapters use Slipstream's experts: those that `model` has, and later ones, also if PEFT is not
+    imported yet."""
+    if "peft" in sys.modules:
+        _patch()
+        for module in model.modules():
+            if hasattr(module, "lora_A") and hasattr(module, "parameter_name"):
+                _attach(module)
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def with_experts(config: "LoraConfig", model: nn.Module) -> "LoraConfig":
+    """A copy of `config` in which `target_parameters="all-experts"` is spelled out for `model`.
+
+    Raises: ValueError where `model` has no experts, or a setting is not for parameters.
+    """
+    config = copy.copy(config)
+    if config.target_parameters == ALL_EXPERTS:
+        config.target_parameters = all_experts(model)
+        if not config.target_parameters:
+            raise ValueError(
+                f"lora.target_parameters={ALL_EXPERTS!r}: {type(model).__name__} has no experts that follow "
+                "Transformers' interface; leave it out"
+            )
+    check(config)
+    return config
+
+
+def all_experts(model: nn.Module) -> list[str]:
+    """`LoraConfig.target_parameters` for every expert of `model`: what its layers' weights have as last names."""
+    return sorted(
+        {
+            f"{[part for part in name.split('.') if part != 'base_layer'][-1]}.{projection}"
+            for name, experts in hf.experts_modules(model)
+            for projection in projection_names(experts)
+        }
+    )
+
+
+def check(config: "LoraConfig") -> None:
+    """Raise ValueError for a setting that PEFT has not for parameters, if `config` targets any."""
+    if not config.target_parameters:
+        return
+    for name, without in _NOT_FOR_EXPERTS.items():
+        if (given := getattr(config, name)) != without:
+            raise ValueError(
+                f"lora.{name}={given}: PEFT has it for linear layers only, not for parameters such as experts'; set it "
+                f"to {without}, or leave target_parameters out"
+            )
+
+
+class _AfterImport(MetaPathFinder):
+    """Runs `_patch` behind the import of peft."""
+
+    def __init__(self) -> None:
+        self._searching = False
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> Any:
+        if fullname != "peft" or self._searching:
+            return None
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching = False
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_patch(module: Any) -> None:
+            execute(module)
+            _patch()
+
+        spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
+        return spec
+
+
+def _patch() -> None:
+    from peft import PeftModel
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrapper: Any = ParamWrapper
+    model: Any = PeftModel
+    if hasattr(wrapper.forward, "__wrapped__"):
+        return
+    wrapper.forward = _forward(wrapper.forward)
+    wrapper.update_layer = _update_layer(wrapper.update_layer)
+    wrapper.unload_and_optionally_merge_module = _unload(wrapper.unload_and_optionally_merge_module)
+    model.save_pretrained = _save_pretrained(model.save_pretrained)
+
+
+def _is_ours(wrapper: Any) -> bool:
+    """Whether the wrapped weight is one that the experts' operator multiplies by."""
+    experts = wrapper.get_base_layer()
+    if not hf.is_experts(experts) or not (hf.experts_implementation(experts) or "").startswith("slipstream"):
+        return False
+    return wrapper.parameter_name in projection_names(experts)
+
+
+def _forward(original: Any) -> Any:
+    @functools.wraps(original)
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged or not _is_ours(self):
+            result: Tensor = original(self, x, *args, **kwargs)
+            return result
+        self._check_forward_args(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)  # which looks for its adapters by itself
+        return result
+
+    return forward
+
+
+class _Adapters:
+    """What `moe.experts.ADAPTERS` wants, from the wrappers around an experts module.
+
+    It stays on the module, because to set it for each forward would be a side effect that compiled code with activation
+    checkpointing cannot have.
+    """
+
+    def __init__(self) -> None:
+        self.wrappers: list[Any] = []
+
+    def __call__(self, name: str, dtype: torch.dtype) -> LowRank | None:
+        parts = [
+            _factors(wrapper, adapter)
+            for wrapper in self.wrappers
+            if wrapper.parameter_name == name and not wrapper.disable_adapters and not wrapper.merged
+            for adapter in wrapper.active_adapters
+            if adapter in wrapper.lora_A
+        ]
+        return low_rank(parts, dtype) if parts else None
+
+
+def _attach(wrapper: Any) -> None:
+    """Let the experts module inside know `wrapper`."""
+    experts = wrapper.get_base_layer()
+    if hf.is_experts(experts) and wrapper.parameter_name in projection_names(experts):
+        if not hasattr(experts, ADAPTERS):
+            setattr(experts, ADAPTERS, _Adapters())
+        wrappers = getattr(experts, ADAPTERS).wrappers
+        if not any(known is wrapper for known in wrappers):
+            wrappers.append(wrapper)
+
+
+def _unload(original: Any) -> Any:
+    @functools.wraps(original)
+    def unload_and_optionally_merge_module(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        base: nn.Module = original(self, *args, **kwargs)
+        if hasattr(base, ADAPTERS):
+            delattr(base, ADAPTERS)
+        return base
+
+    return unload_and_optionally_merge_module
+
+
+def _factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor, float]:
+    """An adapter's factors of this rank's experts, `[E, r, in]` and `[out, r, E]`, and its scaling."""
+    experts, total, rank = wrapper.get_base_layer(), wrapper.num_experts, wrapper.r[adapter]
+    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    if isinstance(a, DTensor):
+        divided = hasattr(experts, GRADIENT_DIVISOR)  # the exchange has divided what comes from the ranks' sum
+        a, b = (_whole(factor, 1.0 if divided else 1 / a.device_mesh.size()) for factor in (a, b))
+    a, b = a.view(total, rank, -1), b.view(-1, rank, total)
+    first = getattr(experts, FIRST_EXPERT, None)
+    if first is not None:
+        a, b = a.narrow(0, first, experts.num_experts), b.narrow(2, first, experts.num_experts)
+    return a, b, wrapper.scaling[adapter]
+
+
+@torch.compiler.disable
+def _whole(factor: DTensor, share: float) -> Tensor:
+    """All of `factor`; its gradient is the sum of the ranks', times `share`."""
+    whole = factor.full_tensor(grad_placements=[Partial()] * factor.device_mesh.ndim)
+    return whole if share == 1 else scale_gradient(whole, share)
+
+
+def _update_layer(original: Any) -> Any:
+    @functools.wraps(original)
+    def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        original(self, adapter_name, *args, **kwargs)
+        _attach(self)
+        parameter = self.get_param()
+        if not isinstance(parameter, DTensor):
+            return
+        if not _is_ours(self):
+            raise ValueError(
+                f"LoRA on {self.parameter_name}: it is spread over ranks, which PEFT cannot do with parameters; it "
+                'works for experts with BackendConfig(experts="slipstream"), else leave it out of target_parameters'
+            )
+        for factors in (self.lora_A, self.lora_B):
+            linear = factors[adapter_name]
+            linear.weight = nn.Parameter(_spread(linear.weight.data, parameter), linear.weight.requires_grad)
+
+    return update_layer
+
+
+def _spread(tensor: Tensor, like: DTensor) -> DTensor:
+    """`tensor` by its rows over the ranks that hold different parts of `like`; the values are rank 0's."""
+    mesh = like.device_mesh
+    names = mesh.mesh_dim_names or ("",) * mesh.ndim
+    placements = [Replicate() if name == "dp_replicate" else Shard(0) for name in names]
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, placements)
+
+
+def _save_pretrained(original: Any) -> Any:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        if not hf.is_distributed(self.get_base_model()) or not dist.is_initialized():
+            original(self, save_directory, *args, **kwargs)
+            return
+        kwargs |= {"state_dict": _whole_state(self, **kwargs), "is_main_process": dist.get_rank() == 0}
+        original(self, save_directory, *args, **kwargs)
+        dist.barrier()
+
+    return save_pretrained
+
+
+@torch.no_grad()
+def _whole_state(
+    model: Any, selected_adapters: list[str] | None = None, save_embedding_layers: Any = "auto", **_: Any
+) -> dict[str, Tensor]:
+    """What PEFT saves of `model`, whole, on all ranks together; the base weights stay where they are."""
+    from peft import get_peft_model_state_dict
+
+    tensors = model.state_dict()
+    # PEFT chooses by name: show it stand-ins, which it hands back under the names of the file.
+    stand_ins = {name: torch.empty(0) for name in tensors}
+    name_of = {id(stand_in): name for name, stand_in in stand_ins.items()}
+    whole = {}
+    for adapter in selected_adapters or model.peft_config:
+        chosen = get_peft_model_state_dict(model, stand_ins, adapter, save_embedding_layers=save_embedding_layers)
+        for stand_in in chosen.values():
+            name = name_of[id(stand_in)]
+            tensor = tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
+            whole[name] = tensor.to("cpu")
+    return whole

@@ -1,0 +1,1 @@
+"""Every causal-LM architecture of the installed Transformers, checked and timed. `slipstream coverage --help`."""

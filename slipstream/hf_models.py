@@ -1,0 +1,73 @@
+"""The rest of `hf.py`: touches of private parts of Transformers that concern single architectures and kinds of layers.
+
+Checked against Transformers 5.23.0, each with a test in tests/test_hf_models.py.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter
+
+from slipstream import hf
+
+MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
+
+
+def takes_positions(config: PretrainedConfig) -> bool:
+    """Whether the causal-LM class for `config` takes `position_ids`; True for a class that came with its checkpoint."""
+    model_class = _causal_lm_class(config)
+    return model_class is None or "position_ids" in inspect.signature(model_class.forward).parameters
+
+
+def takes_experts_implementation(config: PretrainedConfig) -> bool:
+    """Whether the causal-LM class for `config` calls its experts through the interface."""
+    model_class = _causal_lm_class(config)
+    return model_class is None or model_class._can_set_experts_implementation()
+
+
+def _causal_lm_class(config: PretrainedConfig) -> Any:
+    """Transformers' own class for `config`; None where the checkpoint brings one."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def merged_along_dim0(model: Any) -> set[str]:
+    """The parameters outside the experts that loading puts together, along their first dimension, from several tensors
+    of the checkpoint format: sharded by it, each rank would read the same part of every one."""
+    experts = tuple(f"{name}." for name, _ in hf.experts_modules(model))
+    merged = [
+        re.compile(pattern.replace("*", r"\d+"))
+        for conversion in get_model_conversion_mapping(model)
+        if isinstance(conversion, WeightConverter) and len(conversion.source_patterns) > 1
+        and any(isinstance(operation, Concatenate) and operation.dim == 0 for operation in conversion.operations)
+        for pattern in conversion.target_patterns
+    ]  # fmt: skip
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if not name.startswith(experts) and any(pattern.search(name) for pattern in merged)
+    }
+
+
+@contextmanager
+def scanning_by(model: Any, scan: Callable[..., Any]) -> Iterator[None]:
+    """Let the Mamba2 layers of `model` call `scan`, and leave all other optional packages (mamba_ssm, causal_conv1d,
+    fla) aside for Transformers' own PyTorch: their kernels take no fake tensors.
+
+    Called as `mamba_chunk_scan_combined(x [B, S, H, D], dt, A, B, C, …)`.
+    """
+    module = vars(sys.modules[type(model).__module__])
+    # What `use_kernel_func_from_hub_with_fallback` made: the reference is inside.
+    original = {name: value for name, value in module.items()
+                if "torch_function" in getattr(getattr(value, "__code__", None), "co_freevars", ())}  # fmt: skip
+    for name, value in original.items():
+        module[name] = scan if name == MAMBA_SCAN else value.__wrapped__
+    try:
+        yield
+    finally:
+        module.update(original)

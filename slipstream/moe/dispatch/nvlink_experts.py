@@ -1,0 +1,265 @@
+"""The exchange and the experts' MLP as one operator: what `grouped_mlp` is for one rank, over the ranks of a group.
+
+Forward is a dispatch, the MLP on what came, and a combine, which contains the sum over a token's local experts.
+Backward mirrors it with the same layout: gradients are dispatched, and combined while the weights' gradients, which
+nobody waits for, are computed. Opaque to torch.compile, so that a decoder layer compiles around it; the number
+of rows depends on the other ranks, so it is a size that the compiler does not know.
+
+Kept for backward: the tokens that came, the pre-activation and the routing.
+
+Dims: T tokens of this rank, N = P * M tokens that came (see kernels/nvlink_window.py), H hidden, K experts per token,
+E experts of this rank, R rows sorted by expert, I intermediate, W = I, or 2I where gate and up are fused.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.kernels.gather_rows import gather_rows
+from slipstream.kernels.nvlink_combine import combine_rows
+from slipstream.kernels.nvlink_dispatch import dispatch_rows
+from slipstream.moe.activation import function_named
+from slipstream.moe.dispatch.peers import peers_named
+from slipstream.moe.grouped_mlp import _activate, _activation_gradients, _bias_products, _weights_by_expert
+from slipstream.moe.grouped_mm import bias_grad, grouped_mm, weight_grad
+from slipstream.moe.routing import Routing, sort_by_expert
+
+# Whatever the routing, no more than K rows of each token can come. Room for all of them needs no look at the device,
+# but is P times what comes on average, kept for backward. Beyond these bytes of pre-activation a layer the host waits
+# for the real number instead, 50-100 us in which it does not run ahead.
+WORST_CASE_BYTES = 256 * 2**20
+
+_INPUTS = (
+    "Tensor weights_TK, Tensor idx_TK, Tensor up_EHW, Tensor down_EIH, Tensor? up_bias_EW, Tensor? down_bias_EH, "
+    "str activation, str peers, float divisor"
+)
+torch.library.define(
+    "slipstream::experts_nvlink",
+    f"(Tensor x_TH, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "slipstream::experts_nvlink_backward",
+    f"(Tensor grad_TH, {_INPUTS}, Tensor[] saved, bool[] needs) -> Tensor[]",
+)
+
+
+def nvlink_experts(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    idx_TK: Tensor,
+    up_EHW: Tensor,
+    down_EIH: Tensor,
+    activation: str,
+    up_bias_EW: Tensor | None = None,
+    down_bias_EH: Tensor | None = None,
+    *,
+    peers: str,
+    divisor: float = 1.0,
+) -> Tensor:
+    """`grouped_mlp` over all experts of a group, of which the weights here are this rank's.
+
+    Args:
+        idx_TK: int64 experts of all ranks.
+        peers: the name of the group's `Peers`.
+        divisor: what the gradients of the weights here, sums over the tokens of all ranks, are divided by.
+    """
+    return torch.ops.slipstream.experts_nvlink(
+        x_TH, weights_TK, idx_TK, up_EHW, down_EIH, up_bias_EW, down_bias_EH, activation, peers, divisor
+    )[0]
+
+
+@torch.library.impl("slipstream::experts_nvlink", "default")
+def _experts(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    idx_TK: Tensor,
+    up_EHW: Tensor,
+    down_EIH: Tensor,
+    up_bias_EW: Tensor | None,
+    down_bias_EH: Tensor | None,
+    activation: str,
+    peers: str,
+    divisor: float,
+) -> tuple[Tensor, ...]:
+    """The output; for backward the tokens, weights and ids that came, the pre-activation and the routing."""
+    mine = peers_named(peers)
+    (tokens, hidden), top_k, experts = x_TH.shape, idx_TK.shape[1], up_EHW.shape[0]
+    counts = mine.agree(tokens)
+    at = mine.layout(max(1, *counts), hidden, top_k, x_TH.dtype)
+    came, device = at.ranks * at.most, x_TH.device
+    x_TH, weights_TK, idx_TK = x_TH.contiguous(), weights_TK.contiguous(), idx_TK.contiguous()
+    # Rows of tokens that did not come are never read.
+    rows_NH = torch.empty(came, hidden, dtype=x_TH.dtype, device=device)
+    idx_NK = torch.empty(came, top_k, dtype=torch.int32, device=device)
+    weights_NK = torch.empty(came, top_k, dtype=torch.float32, device=device)
+    mine.enter("dispatch")
+    dispatch_rows(
+        mine.window, at, x_TH, idx_TK, rows_NH, experts, weights_TK=weights_TK, idx_NK=idx_NK, weights_NK=weights_NK
+    )
+
+    routing = sort_by_expert(idx_NK, experts, _num_rows(sum(counts) * top_k, idx_NK, up_EHW))
+    rows_RH = gather_rows(rows_NH, routing.slot_R, top_k, routing.ends_E, up_EHW.dtype)
+    hidden_RW = grouped_mm(rows_RH, up_EHW, routing.ends_E)
+    del rows_RH
+    act_RI = _activate(function_named(activation), hidden_RW, up_bias_EW, routing)
+    y_RH = grouped_mm(act_RI, down_EIH, routing.ends_E)
+    out_TH = torch.empty_like(x_TH)
+    mine.enter("combine")
+    combine_rows(
+        mine.window, at, idx_TK, experts, rows_RH=y_RH, row_NS=routing.row_TK, out_TH=out_TH, weights_NS=weights_NK,
+        bias_LH=None if down_bias_EH is None else down_bias_EH.contiguous(), expert_NS=idx_NK,
+    )  # fmt: skip
+    return out_TH, rows_NH, weights_NK, idx_NK, hidden_RW, *routing
+
+
+def _num_rows(most: int, idx_NK: Tensor, up_EHW: Tensor) -> int:
+    """Rows to make room for, never 0, which grouped GEMMs need not take."""
+    experts, _, width = up_EHW.shape
+    if most * width * up_EHW.element_size() > WORST_CASE_BYTES:
+        most = int((idx_NK < experts).sum())
+    return max(1, most)
+
+
+@torch.library.register_fake("slipstream::experts_nvlink")
+def _(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    idx_TK: Tensor,
+    up_EHW: Tensor,
+    down_EIH: Tensor,
+    up_bias_EW: Tensor | None,
+    down_bias_EH: Tensor | None,
+    activation: str,
+    peers: str,
+    divisor: float,
+) -> tuple[Tensor, ...]:
+    size: Any = torch.library.get_ctx().new_dynamic_size
+    came, rows, top_k = size(min=1), size(min=1), idx_TK.shape[1]
+
+    def int32(*shape: Any) -> Tensor:
+        return idx_TK.new_empty(shape, dtype=torch.int32)
+
+    return (
+        x_TH.new_empty(x_TH.shape),
+        x_TH.new_empty(came, x_TH.shape[1]),
+        x_TH.new_empty(came, top_k, dtype=torch.float32),
+        int32(came, top_k),
+        up_EHW.new_empty(rows, up_EHW.shape[2]),
+        *Routing(int32(rows), int32(came, top_k), int32(up_EHW.shape[0]), int32(rows)),
+    )
+
+
+@torch.library.impl("slipstream::experts_nvlink_backward", "default")
+def _experts_backward(
+    grad_TH: Tensor,
+    weights_TK: Tensor,
+    idx_TK: Tensor,
+    up_EHW: Tensor,
+    down_EIH: Tensor,
+    up_bias_EW: Tensor | None,
+    down_bias_EH: Tensor | None,
+    activation: str,
+    peers: str,
+    divisor: float,
+    saved: list[Tensor],
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, weights, up, down, up bias and down bias: those that `needs` asks for, in this order."""
+    need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
+    rows_NH, weights_NK, idx_NK, hidden_RW, *routing = saved
+    route, top_k, experts, mine = Routing(*routing), idx_TK.shape[1], up_EHW.shape[0], peers_named(peers)
+    grad_TH, idx_TK = grad_TH.contiguous(), idx_TK.contiguous()
+    at = mine.layout(rows_NH.shape[0] // mine.ranks, grad_TH.shape[1], top_k, grad_TH.dtype)
+    grads: dict[int, Tensor] = {}
+
+    grad_NH = mine.rows(at, grad_TH.dtype)  # read where it arrives, until the combine begins
+    mine.enter("dispatch")
+    dispatch_rows(mine.window, at, grad_TH, idx_TK, grad_NH, experts, scale=1 / divisor)
+    grad_RH = gather_rows(grad_NH, route.slot_R, top_k, route.ends_E, down_EIH.dtype)
+    # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
+    grad_act_RI = grouped_mm(grad_RH, down_EIH.transpose(1, 2), route.ends_E)
+    through = _activation_gradients(function_named(activation), hidden_RW, up_bias_EW, route, grad_act_RI, weights_NK)
+    del grad_act_RI
+    grads_NK = through.weights_TK
+    if down_bias_EH is not None:
+        # What lies in rows of tokens that did not come is old, and 0 times old need not be 0.
+        grad_NH = grad_NH.masked_fill((idx_NK >= experts).all(dim=1, keepdim=True), 0)
+        local_NK = idx_NK.long()
+        grads_NK = grads_NK + _bias_products(grad_NH, down_bias_EH, local_NK).to(grads_NK.dtype)
+        if need_down_bias:
+            grads[5] = _weights_by_expert(weights_NK, local_NK, down_EIH).t() @ grad_NH.to(down_EIH.dtype)
+
+    grad_x_TH = torch.empty_like(grad_TH) if need_x or need_weights else None
+    grad_weights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format) if need_weights else None
+    grad_rows_RH = None if grad_x_TH is None else grouped_mm(through.hidden_RN, up_EHW.transpose(1, 2), route.ends_E)
+
+    return_rows = partial(
+        combine_rows, mine.window, at, idx_TK, experts, rows_RH=grad_rows_RH, row_NS=route.row_TK, out_TH=grad_x_TH,
+        grads_NK=grads_NK if need_weights else None, grads_TK=grad_weights_TK, scale=divisor,
+    )  # fmt: skip
+    mine.enter("combine")
+    return_rows(receive=False)
+    # The peers' rows are under way; nothing here waits for them before these GEMMs are queued.
+    if need_down:
+        grads[3] = weight_grad(through.weighted_RI, grad_RH, route.ends_E, down_EIH)
+    del grad_RH
+    if need_up:
+        rows_RH = gather_rows(rows_NH, route.slot_R, top_k, route.ends_E, up_EHW.dtype)
+        grads[2] = weight_grad(rows_RH, through.hidden_RN, route.ends_E, up_EHW)
+    if need_up_bias:
+        grads[4] = bias_grad(through.hidden_RN, route.ends_E)
+    return_rows(send=False)
+    if need_x and grad_x_TH is not None:
+        grads[0] = grad_x_TH
+    if grad_weights_TK is not None:
+        grads[1] = grad_weights_TK
+    return [grads[position] for position in sorted(grads)]
+
+
+@torch.library.register_fake("slipstream::experts_nvlink_backward")
+def _(
+    grad_TH: Tensor,
+    weights_TK: Tensor,
+    idx_TK: Tensor,
+    up_EHW: Tensor,
+    down_EIH: Tensor,
+    up_bias_EW: Tensor | None,
+    down_bias_EH: Tensor | None,
+    activation: str,
+    peers: str,
+    divisor: float,
+    saved: list[Tensor],
+    needs: list[bool],
+) -> list[Tensor]:
+    inputs = (grad_TH, weights_TK, up_EHW, down_EIH, up_bias_EW, down_bias_EH)
+    return [
+        torch.empty_like(tensor) if tensor.dim() == 3 else tensor.new_empty(tensor.shape)
+        for tensor, need in zip(inputs, needs, strict=True)
+        if need and tensor is not None
+    ]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *tensors, ctx.activation, ctx.peers, ctx.divisor = inputs
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *saved)
+
+
+def _backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    weights, idx, up, down, up_bias, down_bias, *saved = ctx.saved_tensors
+    positions = (0, 1, 3, 4, 5, 6)
+    needs = [ctx.needs_input_grad[position] for position in positions]
+    result: list[Tensor | None] = [None] * 10
+    if grad_TH is not None and any(needs):
+        inputs = (weights, idx, up, down, up_bias, down_bias, ctx.activation, ctx.peers, ctx.divisor)
+        grads = iter(torch.ops.slipstream.experts_nvlink_backward(grad_TH, *inputs, saved, needs))
+        for position, need in zip(positions, needs, strict=True):
+            result[position] = next(grads) if need else None
+    return tuple(result)
+
+
+torch.library.register_autograd("slipstream::experts_nvlink", _backward, setup_context=_save)

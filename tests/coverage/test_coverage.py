@@ -1,0 +1,112 @@
+"""`slipstream coverage`: what CI checks of it, and that its checks can fail."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import slipstream
+from slipstream.cli import app
+from slipstream.coverage import architectures, checks, ranks, shapes, table
+from slipstream.coverage.compare import Cell
+from slipstream.coverage.tiny import tiny_model
+
+# One of each kind of experts, routers, attention and layers; the command does all of them.
+REPRESENTATIVE = [
+    "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "mixtral", "gemma4_text", "bailing_hybrid", "qwen3_next",
+    "afmoe", "jetmoe", "doge", "llama", "gpt2", "bart", "opt",
+]  # fmt: skip
+
+
+def test_a_subset_passes_every_check(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["coverage", "--models", ",".join(REPRESENTATIVE), "--output", f"{tmp_path}/out"])
+    assert result.exit_code == 0, result.output
+    rows = table.read(tmp_path / "out.json")
+    assert [row.why_not for row in rows.values()] == [""] * len(REPRESENTATIVE)
+    found = {name: {check: cell.status for check, cell in row.checks.items()} for name, row in rows.items()}
+    assert all(cells["parity"] == cells["save"] == "ok" for cells in found.values()), found
+    assert {name for name, cells in found.items() if cells.get("ep2") == "ok"} >= {"qwen3_moe", "gpt_oss", "nemotron_h"}
+    assert (found["qwen3_moe"]["packing"], found["bart"]["packing"]) == ("ok", "refused")
+    page = (tmp_path / "out.md").read_text()
+    assert "| qwen3_moe | slipstream: 4 layers; [gate; up], silu |" in page
+
+
+def test_every_architecture_is_listed() -> None:
+    names = architectures.architectures()
+    assert names[0] in architectures.moe_architectures()
+    assert {"qwen3_moe", "llama", "dbrx"} < set(names)
+    assert "more than a language model" in checks.check_architecture("llama4").why_not
+
+
+def test_a_wrong_gradient_fails() -> None:
+    reference = tiny_model("llama")
+    ours = copy.deepcopy(reference)
+    assert checks.CHECKS["parity"](reference, ours).status == "ok"
+    ours.lm_head.weight.register_hook(lambda grad: grad * 1.001)
+    reference.zero_grad()
+    ours.zero_grad()
+    cell = checks.CHECKS["parity"](reference, ours)
+    assert cell.status == "failed"
+    assert "lm_head.weight" in cell.text
+
+
+def test_a_leak_between_documents_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slipstream.train.packing.check_packing", lambda config: None)
+    model = tiny_model("mamba2")
+    cell = checks.CHECKS["packing"](model, slipstream.accelerate(copy.deepcopy(model)))
+    assert cell.status == "failed"
+    assert "leaks" in cell.text
+
+
+def test_expert_parallelism_notices_a_wrong_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    for name in ("mixtral", "olmoe"):
+        ranks.prepare(tiny_model(name), tmp_path / name)
+    wrong = torch.load(tmp_path / "mixtral" / "expected.pt")
+    wrong["loss"] *= 1.1
+    torch.save(wrong, tmp_path / "mixtral" / "expected.pt")
+    cells = ranks.check_expert_parallelism({name: tmp_path / name for name in ("mixtral", "olmoe")})
+    assert (cells["mixtral"].status, cells["olmoe"].status) == ("failed", "ok")
+
+
+def test_too_long_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "build", lambda model_type: __import__("time").sleep(5))
+    assert "longer than 0.2 s" in checks.check_architecture("llama", seconds=0.2).why_not
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    row = checks.Row("llama", passes={"loss": "fused"}, checks={"parity": Cell("failed", "a | b")}, speed={"step": 2.0})
+    row.speed |= {"memory": 0.5, "shapes": "4 layers", "device": "H100"}
+    table.write(tmp_path / "out", [row])
+    assert table.read(tmp_path / "out.json") == {"llama": row}
+    assert "2.00 x | 0.50 | 4 layers, H100" in (tmp_path / "out.md").read_text()
+    (tmp_path / "out.json").write_text("{}")
+    with pytest.raises(ValueError, match="no table of slipstream coverage"):
+        table.read(tmp_path / "out.json")
+
+
+def test_speed_resumes(tmp_path: Path) -> None:
+    command = ["coverage", "--speed", "--tiny", "--seq-len", "32", "--models", "qwen3_moe,jetmoe", "--output"]
+    result = CliRunner().invoke(app, [*command, f"{tmp_path}/out", "--limit-seconds", "0"])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("left: qwen3_moe,jetmoe") == 1
+    result = CliRunner().invoke(app, [*command, f"{tmp_path}/out"])
+    measured = json.loads((tmp_path / "out.json").read_text())["architectures"]
+    assert [row["speed"]["step"] > 0 for row in measured] == [True, True]
+    assert "qwen3_moe: step" in result.stderr
+    assert "step" not in CliRunner().invoke(app, [*command, f"{tmp_path}/out"]).stderr
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "jamba", "glm4_moe", "dots1", "llama"])
+def test_timed_shapes_fit(model_type: str) -> None:
+    config = shapes.timed_config(model_type)
+    assert 1e8 < shapes.parameters(config) <= shapes.MAX_PARAMETERS
+    assert config.hidden_size >= 2048
+
+
+def test_unknown_model_is_refused() -> None:
+    result = CliRunner().invoke(app, ["coverage", "--models", "nothing"])
+    assert isinstance(result.exception, ValueError)
+    assert "no such causal-LM type" in str(result.exception)

@@ -1,0 +1,462 @@
+"""Exchanges by stores into other ranks' memory: the dispatcher, and the operator that holds exchange and experts.
+
+On a CPU the ranks share files and the kernels are interpreted, in a process of their own (`test_interpreted`).
+
+Dims: see slipstream/moe/dispatch/base.py; E experts of all ranks, I intermediate.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from slipstream import AutoModelForCausalLM
+from slipstream.compilation import compile_layers
+from slipstream.kernels.expert_activation import Activation
+from slipstream.moe.activation import register
+from slipstream.moe.dispatch import AllGatherDispatcher, NvlinkDispatcher, nvlink_experts, peers
+from slipstream.moe.reference import experts_reference
+from tests.distributed import test_dispatch
+from tests.distributed.harness import RankFailedError, run_ranks
+from tests.distributed.test_dispatch import ALL_EMPTY, EMPTY_RANK, EVEN, LOCAL_EXPERTS, RAGGED, TOP_K
+from tests.kernels.conditions import INTERPRETED
+from tests.tiny_models import tiny_config
+
+HIDDEN, INTERMEDIATE = 24, 16
+gpus = torch.cuda.device_count()
+DEVICE = "cuda" if gpus > 1 else "cpu"
+BACKEND = "nccl" if gpus > 1 else "gloo"
+runnable = pytest.mark.skipif(not (INTERPRETED or gpus > 1), reason="run by test_interpreted, or on two GPUs")
+RANKS = [pytest.param(2, id="2 ranks")]
+RANKS += [pytest.param(4, id="4 ranks", marks=pytest.mark.skipif(0 < gpus < 4, reason="needs 4 GPUs"))]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(INTERPRETED or gpus > 1, reason="the other tests run by themselves")
+def test_interpreted() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def run(function: Any, ranks: int, *args: Any, timeout: float = 300.0) -> list[Any]:
+    return run_ranks(function, ranks, *args, timeout=timeout, backend=BACKEND)
+
+
+def _through_the_dispatcher(case: test_dispatch.Case) -> dict[str, float]:
+    test_dispatch.BACKENDS["nvlink"] = NvlinkDispatcher
+    return test_dispatch._differences(case)[0]
+
+
+@runnable
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("routing", ["random", "skewed", "one_expert", "last_rank"])
+def test_dispatcher(ranks: int, routing: str) -> None:
+    for found in run(_through_the_dispatcher, ranks, test_dispatch.Case("nvlink", EVEN[ranks], routing, device=DEVICE)):
+        assert max(found.values()) < 1e-5, found
+
+
+CASES = {
+    "ragged": test_dispatch.Case("nvlink", RAGGED[2]),
+    "empty rank": test_dispatch.Case("nvlink", EMPTY_RANK[2]),
+    "all empty": test_dispatch.Case("nvlink", ALL_EMPTY[2]),
+    "checkpointed": test_dispatch.Case("nvlink", RAGGED[2], checkpointed=True),
+    "only the experts train": test_dispatch.Case("nvlink", EMPTY_RANK[2], frozen=True),
+}
+
+
+@runnable
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_dispatcher_with(case: test_dispatch.Case) -> None:
+    for found in run(_through_the_dispatcher, 2, case._replace(device=DEVICE)):
+        assert max(found.values()) < 1e-5, found
+
+
+@runnable
+def test_dispatcher_in_bf16() -> None:
+    case = test_dispatch.Case("nvlink", RAGGED[2], dtype=torch.bfloat16, device=DEVICE)
+    for found in run(_through_the_dispatcher, 2, case):
+        assert max(found.values()) < 3e-2, found
+
+
+class Layer(NamedTuple):
+    counts: tuple[int, ...]
+    biased: bool = False
+    exact: bool = False  # the host asks for the number of rows
+    checkpointed: bool = False
+    compiled: bool = False
+    frozen: bool = False
+    divisor: float = 1.0
+    dtype: torch.dtype = torch.float32
+    calls: int = 1
+
+
+def _through_the_operator(case: Layer) -> dict[str, float]:
+    """Largest difference from one process, relative to its largest value."""
+    torch.manual_seed(0)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    device = torch.device(DEVICE, rank) if DEVICE == "cuda" else torch.device("cpu")
+    experts = LOCAL_EXPERTS * ranks
+    activation = Activation("silu")
+    name = register(str(activation), activation)
+    if case.exact:
+        nvlink = sys.modules[nvlink_experts.__module__]
+        nvlink.WORST_CASE_BYTES = 0  # type: ignore[attr-defined]
+    group = peers.peers_of(None, device)
+    operator: Any = nvlink_experts
+    if case.compiled:
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
+        operator = torch.compile(nvlink_experts, backend="aot_eager", fullgraph=True, dynamic=True)
+    worst: dict[str, float] = {}
+    for call in range(case.calls):
+        counts = [count + call * (rank + 1) for rank, count in enumerate(case.counts)]  # the areas have to grow
+        x_NH = torch.randn(sum(counts), HIDDEN)
+        idx_NK = test_dispatch._choice("random", len(x_NH), experts)
+        weights_NK, target_NH = torch.rand(idx_NK.shape), torch.randn_like(x_NH)
+        up, down = torch.randn(experts, HIDDEN, 2 * INTERMEDIATE) / 5, torch.randn(experts, INTERMEDIATE, HIDDEN) / 4
+        biases = [torch.randn(experts, 2 * INTERMEDIATE), torch.randn(experts, HIDDEN)] if case.biased else []
+        whole = [x_NH, weights_NK, up, down, *biases]
+        whole = [tensor.to(device, case.dtype).float().requires_grad_() for tensor in whole]
+        idx_NK, target_NH = idx_NK.to(device), target_NH.to(device)
+        out_NH = experts_reference(whole[0], idx_NK, *whole[1:4], activation, *whole[4:])
+        (out_NH * target_NH).sum().backward()
+
+        ends = [0, *torch.tensor(counts).cumsum(0).tolist()]
+        mine = slice(*list(pairwise(ends))[rank])
+        owned = slice(rank * LOCAL_EXPERTS, (rank + 1) * LOCAL_EXPERTS)
+        parts = [mine, mine, *[owned] * (len(whole) - 2)]
+        local = [tensor.detach()[part].to(case.dtype).clone() for tensor, part in zip(whole, parts, strict=True)]
+        for tensor in local[2:] if case.frozen else local:
+            tensor.requires_grad_()
+
+        def layer(x: torch.Tensor, weights: torch.Tensor, idx=idx_NK[mine], local=local) -> torch.Tensor:
+            return operator(
+                x, weights, idx, local[2], local[3], name, *local[4:], peers=group.name, divisor=case.divisor
+            )
+
+        out_TH = checkpoint(layer, *local[:2], use_reentrant=False) if case.checkpointed else layer(*local[:2])
+        (out_TH.float() * target_NH[mine]).sum().backward()
+        found = {"out": test_dispatch._difference(out_TH.detach(), out_NH[mine], out_NH)}
+        for position, (tensor, full, part) in enumerate(zip(local, whole, parts, strict=True)):
+            if tensor.requires_grad:
+                assert tensor.grad is not None
+                assert full.grad is not None
+                scale = case.divisor if position > 1 else 1.0
+                found[f"{position}"] = test_dispatch._difference(tensor.grad * scale, full.grad[part], full.grad)
+        worst = {key: max(worst.get(key, 0.0), value) for key, value in found.items()}
+    return worst
+
+
+LAYERS = {
+    "even": Layer((7, 7)),
+    "ragged": Layer((9, 4), divisor=2.0),
+    "no tokens": Layer((0, 8)),
+    "none anywhere": Layer((0, 0)),
+    "exact": Layer((9, 4), exact=True),
+    "exact, none anywhere": Layer((0, 0), exact=True),
+    "biases": Layer((9, 4), biased=True),
+    "biases, exact, divisor": Layer((3, 5), biased=True, exact=True, divisor=4.0),
+    "checkpointed": Layer((5, 6), checkpointed=True),
+    "only the experts train": Layer((5, 0), frozen=True),
+    "growing": Layer((1, 2), calls=6),
+    "4 ranks": Layer((3, 0, 5, 2), biased=True),
+    "compiled": Layer((9, 4), compiled=True, calls=3),
+    "compiled, biases, exact": Layer((9, 4), compiled=True, biased=True, exact=True),
+}
+
+
+@runnable
+@pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys())
+def test_operator(case: Layer) -> None:
+    if 0 < gpus < len(case.counts):
+        pytest.skip(f"needs {len(case.counts)} GPUs")
+    results = run(_through_the_operator, len(case.counts), case)
+    for found in results:
+        assert max(found.values()) < 1e-5, found
+    assert len(results[0]) == (2 if case.biased else 0) + (3 if case.frozen else 5)
+
+
+@runnable
+def test_operator_in_bf16() -> None:
+    for found in run(_through_the_operator, 2, Layer((9, 4), dtype=torch.bfloat16, biased=True)):
+        assert max(found.values()) < 3e-2, found
+
+
+def _areas_grow(_: None) -> list[int]:
+    group = peers.peers_of(None, torch.device(DEVICE, dist.get_rank()) if DEVICE == "cuda" else torch.device("cpu"))
+    sizes = []
+    for tokens in (3, 9000 if dist.get_rank() else 5, 100):
+        most = max(group.agree(tokens))
+        at = group.layout(most, 64, 2, torch.float32)
+        sizes.append((most, at.combine_rows - at.rows >= 2 * most * 64 * 4, group.area.numel()))
+    return sizes
+
+
+@runnable
+def test_all_ranks_learn_of_the_largest() -> None:
+    first, second = run(_areas_grow, 2, None)
+    assert first == second
+    assert [most for most, *_ in first] == [3, 9000, 100]
+    assert all(fits for _, fits, _ in first)
+    assert first[0][2] < first[1][2] == first[2][2]
+
+
+def _left_alone(where: str) -> str:
+    """Rank 1 ends its work early; what rank 0 then hears, and whether it was within the timeout."""
+    rank = dist.get_rank()
+    device = torch.device(DEVICE, rank) if DEVICE == "cuda" else torch.device("cpu")
+    group = peers.peers_of(None, device)
+    dispatcher = NvlinkDispatcher(LOCAL_EXPERTS)
+    x_TH = torch.randn(3, HIDDEN, device=device)
+    idx_TK, weights_TK = torch.arange(TOP_K, device=device).repeat(3, 1), torch.rand(3, TOP_K, device=device)
+    sent = dispatcher.dispatch(x_TH, idx_TK, weights_TK)  # the kernels compile meanwhile
+    dispatcher.combine(sent.rows_RH, sent)
+    group.window.timeout = int(group.window.timeout / group.seconds)
+    group.seconds = 1.0
+    sent = dispatcher.dispatch(x_TH, idx_TK, weights_TK)
+    if rank == 0 or where == "before a dispatch":
+        dispatcher.combine(sent.rows_RH, sent)
+    if rank == 1:
+        time.sleep(4)
+        return ""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    try:
+        dispatcher.dispatch(x_TH, idx_TK, weights_TK)
+    except RuntimeError as error:
+        assert group.report.item() == (2 if where == "in a combine" else 0)
+        return str(error)
+    return "no error"
+
+
+@runnable
+@pytest.mark.parametrize("where", ["before a dispatch", "in a combine"])
+def test_a_rank_that_does_not_answer(where: str) -> None:
+    heard, _ = run(_left_alone, 2, where)
+    assert heard.startswith("rank 1 did not answer rank 0 within 1 s"), heard
+
+
+def _dies(_: None) -> None:
+    _left_alone("before a dispatch") if dist.get_rank() == 0 else os._exit(1)
+
+
+@runnable
+def test_a_rank_that_dies() -> None:
+    with pytest.raises(RankFailedError, match="rank 1 died"):
+        run(_dies, 2, None)
+
+
+def _out_of_turn(_: None) -> str:
+    device = torch.device(DEVICE, dist.get_rank()) if DEVICE == "cuda" else torch.device("cpu")
+    dispatcher = NvlinkDispatcher(1)
+    inputs = (torch.randn(2, 8, device=device), torch.zeros(2, 1, dtype=torch.int64, device=device))
+    dispatcher.dispatch(*inputs, torch.ones(2, 1, device=device))
+    try:
+        dispatcher.dispatch(*inputs, torch.ones(2, 1, device=device))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@runnable
+def test_dispatches_need_their_combines() -> None:
+    assert all("a dispatch needs its combine" in heard for heard in run(_out_of_turn, 2, None))
+
+
+def _train(dispatcher: str, compiled: bool) -> tuple[list[float], int]:
+    """Losses of a tiny model over two steps, and how many graphs its layers had, or -1 if one of them broke."""
+    torch.manual_seed(0)
+    torch._dynamo.utils.counters.clear()
+    if DEVICE == "cuda":
+        torch.cuda.set_device(dist.get_rank())
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(
+            tiny_config("qwen3_moe"), backend={"dispatcher": dispatcher, "compile": "none"},
+            distributed_setup={"ep_size": dist.get_world_size()},
+        )  # fmt: skip
+    if compiled:
+        compile_layers(model, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    losses = []
+    for step in range(2):
+        ids = torch.randint(0, 64, (1, 6 + 3 * step * dist.get_rank()), generator=generator).to(DEVICE)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    counters = torch._dynamo.utils.counters
+    return losses, -1 if counters["graph_break"] else counters["stats"]["unique_graphs"]
+
+
+@runnable
+def test_a_model_trains_as_with_all_to_all() -> None:
+    expected, *found = (run(_train, 2, *how) for how in (("all_to_all", False), ("nvlink", False), ("nvlink", True)))
+    for graphs, results in enumerate(found):
+        for (losses, found_graphs), (wanted, _) in zip(results, expected, strict=True):
+            assert losses == pytest.approx(wanted, rel=1e-4)
+            assert found_graphs == graphs, "a compiled layer contains the exchange"
+
+
+def _refused(dispatcher: str) -> str:
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            AutoModelForCausalLM.from_config(
+                tiny_config("qwen3_moe"), backend={"dispatcher": dispatcher}, distributed_setup={"ep_size": 2}
+            )
+        except peers.NoPeerAccessError as error:
+            return str(error)
+    return " ".join(str(warning.message) for warning in caught)
+
+
+@pytest.mark.skipif(INTERPRETED or gpus > 0, reason="there is a way here")
+def test_without_gpus() -> None:
+    for heard in run_ranks(_refused, 2, "nvlink"):
+        assert "stores into other ranks' memory need GPUs; use dispatcher='all_to_all'" in heard
+    # Automatic is all-to-all from the start.
+    assert not any("NVLink" in heard for heard in run_ranks(_refused, 2, "auto"))
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ([("a", "g0", [], 1), ("b", "g1", [], 1)], "on 2 machines"),
+        ([("a", "g0", [], 1), ("a", "g0", [], 1)], "share a GPU"),
+        ([("a", "g0", ["g1"], 1), ("a", "g1", [], 1)], "rank 0 of the group can't reach rank 1's"),
+    ],
+)
+def test_obstacles(facts: Any, words: str) -> None:
+    with pytest.raises(peers.NoPeerAccessError, match=words):
+        peers._check_facts(facts)
+    peers._check_facts([("a", "g0", ["g7"], 1), ("a", "g1", [], 1)])
+
+
+two_gpus = pytest.mark.skipif(gpus < 2, reason="needs 2 GPUs")
+
+
+def _races(_: None) -> int:
+    """1000 exchanges with both gradients, each rank late at random; how many differ from the all-gather's."""
+    rank = dist.get_rank()
+    device = torch.device("cuda", rank)
+    torch.manual_seed(rank)
+    nvlink, reference = NvlinkDispatcher(LOCAL_EXPERTS), AllGatherDispatcher(LOCAL_EXPERTS)
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    for step in range(1000):
+        tokens = int(torch.randint(0, 300, ()))
+        x_TH = torch.randn(tokens, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
+        idx_TK = torch.rand(tokens, 2 * LOCAL_EXPERTS, device=device).topk(TOP_K, dim=1).indices
+        weights_TK = torch.rand(tokens, TOP_K, device=device, requires_grad=True)
+        grad_TH = torch.randn_like(x_TH)
+        outcomes = []
+        for dispatcher in (nvlink, reference) if step % 10 == 0 else (nvlink,):
+            sent = dispatcher.dispatch(x_TH, idx_TK, weights_TK)
+            if torch.rand(()) < 0.3:
+                torch.cuda._sleep(int(torch.randint(1, 2_000_000, ())))
+            out_TH = dispatcher.combine(sent.rows_RH * sent.weights_RK.sum(dim=1, keepdim=True).bfloat16(), sent)
+            if torch.rand(()) < 0.3:
+                torch.cuda._sleep(int(torch.randint(1, 2_000_000, ())))
+            outcomes.append((out_TH, *torch.autograd.grad(out_TH, (x_TH, weights_TK), grad_TH)))
+        if len(outcomes) == 2:
+            for found, expected in zip(*outcomes, strict=True):
+                bad = (found.float() - expected.float()).abs() > 0.05 * (1 + expected.float().abs())
+                wrong += bad.sum() + found.isnan().sum()
+        else:
+            wrong += sum(tensor.isnan().sum() for tensor in outcomes[0])
+    return int(wrong)
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_exchanges_back_to_back() -> None:
+    assert run(_races, 2, None) == [0, 0]
+
+
+def _syncs(_: None) -> int:
+    """How often the host waits for the device in forward and backward of the operator."""
+    import warnings
+
+    rank = dist.get_rank()
+    device = torch.device("cuda", rank)
+    group = peers.peers_of(None, device)
+    activation = Activation("silu")
+    name = register(str(activation), activation)
+    x_TH = torch.randn(64, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+    idx_TK = torch.rand(64, 2 * LOCAL_EXPERTS, device=device).topk(TOP_K, dim=1).indices
+    weights_TK = torch.rand(64, TOP_K, device=device, requires_grad=True)
+    up = torch.randn(LOCAL_EXPERTS, 128, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+    down = torch.randn(LOCAL_EXPERTS, 64, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+    count = 0
+    for _round in range(3):  # the first ones compile and make the areas
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            nvlink_experts(x_TH, weights_TK, idx_TK, up, down, name, peers=group.name).sum().backward()
+            count = len(caught)
+        torch.cuda.set_sync_debug_mode("default")
+    return count
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_the_host_does_not_wait() -> None:
+    assert run(_syncs, 2, None) == [0, 0]
+
+
+def _captured(_: None) -> float:
+    """A layer's forward and backward as a CUDA graph, replayed with new tokens, against eager."""
+    rank = dist.get_rank()
+    device = torch.device("cuda", rank)
+    torch.manual_seed(rank)
+    group = peers.peers_of(None, device)
+    activation = Activation("silu")
+    name = register(str(activation), activation)
+    x_TH = torch.randn(64, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+    idx_TK = torch.rand(64, 2 * LOCAL_EXPERTS, device=device).topk(TOP_K, dim=1).indices
+    weights_TK = torch.rand(64, TOP_K, device=device)
+    up = torch.randn(LOCAL_EXPERTS, 128, 128, device=device, dtype=torch.bfloat16)
+    down = torch.randn(LOCAL_EXPERTS, 64, 128, device=device, dtype=torch.bfloat16)
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        out_TH = nvlink_experts(x_TH, weights_TK, idx_TK, up, down, name, peers=group.name)
+        return out_TH, torch.autograd.grad(out_TH.float().square().sum(), x_TH)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _round in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    worst = 0.0
+    for _round in range(5):
+        with torch.no_grad():
+            x_TH.normal_()
+            idx_TK.copy_(torch.rand(64, 2 * LOCAL_EXPERTS, device=device).topk(TOP_K, dim=1).indices)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        for found, expected in zip(replayed, step(), strict=True):
+            worst = max(worst, ((found - expected).abs().max() / expected.abs().max()).item())
+    return worst
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_a_layer_as_a_cuda_graph() -> None:
+    assert max(run(_captured, 2, None)) == 0.0

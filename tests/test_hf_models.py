@@ -1,0 +1,48 @@
+"""What slipstream/hf_models.py relies on in Transformers. A failure here means that upstream moved something."""
+
+import sys
+
+import torch
+
+from slipstream import hf_models
+from tests.tiny_models import tiny_batch, tiny_config, tiny_model
+
+
+def test_what_causal_lm_classes_take() -> None:
+    found = {name: hf_models.takes_positions(tiny_config(name)) for name in ("llama", "bart", "mamba2")}
+    assert found == {"llama": True, "bart": False, "mamba2": False}
+    found = {name: hf_models.takes_experts_implementation(tiny_config(name)) for name in ("qwen3_moe", "jetmoe")}
+    assert found == {"qwen3_moe": True, "jetmoe": False}
+
+
+def test_merged_parameters() -> None:
+    assert hf_models.merged_along_dim0(tiny_model("qwen3_moe")) == set()
+    found = hf_models.merged_along_dim0(tiny_model("kimi_linear"))
+    assert "model.layers.0.self_attn.conv1d.weight" in found
+    assert all(name.endswith(".conv1d.weight") for name in found)
+
+
+def test_mamba_scan_can_be_replaced() -> None:
+    """By a name of the modelling file, which the layers look up at every call; put back afterwards."""
+    model = tiny_model("nemotron_h")
+    calls = []
+
+    def scan(x_BSHD: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, **rest):  # type: ignore[no-untyped-def]
+        calls.append((x_BSHD.shape, dt.shape, B.shape == C.shape))
+        return torch.zeros_like(x_BSHD)
+
+    ids = tiny_batch(1, 16)
+    before = model(input_ids=ids, use_cache=False).logits
+    module = sys.modules[type(model).__module__]
+    conv = module.causal_conv1d_fn
+    with hf_models.scanning_by(model, scan):
+        assert module.causal_conv1d_fn is conv.__wrapped__
+        model(input_ids=ids, use_cache=False)
+    config = model.config
+    heads = (1, 16, config.mamba_num_heads)
+    mamba = sum(kind == "linear_attention" for kind in config.layer_types)
+    assert calls == [((*heads, config.mamba_head_dim), heads, True)] * mamba
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+    assert module.causal_conv1d_fn is conv
+    with hf_models.scanning_by(tiny_model("llama"), scan):  # has none
+        pass
