@@ -1,6 +1,7 @@
 """The pages say what the code does: every piece of a recipe in them is valid, and every command they name exists."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,21 @@ def test_commands_on_pages_exist(page: Path) -> None:
     code = re.findall(r"^```bash\n(.*?)^```|`(slipstream [^`]*)`", page.read_text(encoding="utf-8"), re.DOTALL | re.M)
     named = re.findall(r"^slipstream ([a-z]+)", "\n".join(part for pair in code for part in pair), re.MULTILINE)
     assert set(named) <= verbs
+
+
+def test_recorded_ratios_on_the_page_are_those_of_the_records() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| \[.*?\]\(\.\./(benchmarks/results/.*?)\.md\).*\| ([\d.]+) \u00d7 \| ([\d.]+) \u00d7 \|$", text, re.M
+    )
+    assert len(rows) >= 8
+    for name, step, memory in rows:
+        record = json.loads((ROOT / f"{name}.json").read_text(encoding="utf-8"))
+        of = {row["contender"]: row for row in record["rows"] if row["gate"] == "learned"}
+        peak = of["slipstream"]["peak_gib"] / of["transformers"]["peak_gib"]
+        # A run that is recorded anew may differ by a little.
+        assert float(step) == pytest.approx(of["slipstream"]["speedup_step"], abs=0.05), name
+        assert float(memory) == pytest.approx(peak, abs=0.02), name
 
 
 def test_hook_lets_lists_and_tables_begin_below_a_paragraph() -> None:
