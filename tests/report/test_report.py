@@ -85,7 +85,8 @@ def test_what_users_wrote_is_text(tmp_path: Path) -> None:
 def test_figures_of_the_run(tmp_path: Path) -> None:
     words = made(tmp_path, steps=8, layers=2).words
     for part in ("2.31 → 1.268", "488k", "63.4 GiB", "51,200, 88,000,000 tokens (59%", "weight 3", "chats.jsonl:17",
-                 "By step 8 the sea is calm.", "3 answers in between", "torch 2.11.0", "with changes"):  # fmt: skip
+                 "By step 8 the sea is calm.", "3 answers in between", "torch 2.11.0", "with changes",
+                 "1 micro-batch of 2 rows a rank", "full fine-tune, finished"):  # fmt: skip
         assert part in words, part
 
 
