@@ -83,23 +83,12 @@ def make_plan(recipe: Recipe, gpus: int, gpu: Gpu) -> Plan:
         OSError: the model's config cannot be had.
     """
     notes: list[str] = []
-    model, layout = _model_and_layout(recipe, gpus, notes)
-    return dataclasses.replace(plan_layout(model, layout, gpu), notes=tuple(notes))
-
-
-def estimate_recipe(recipe: Recipe, gpus: int, gpu: Gpu) -> Estimate:
-    """The plan's `given` alone, without the search for better layouts. Raises as `make_plan`."""
-    model, layout = _model_and_layout(recipe, gpus, [])
-    return model.estimate(layout, gpu)
-
-
-def _model_and_layout(recipe: Recipe, gpus: int, notes: list[str]) -> tuple[Model, Layout]:
     config = model_config(recipe.model, notes)
     layout = layout_of(recipe, config, gpus, notes)
     model = describe_model(recipe.model.name_or_path or recipe.model.config or "", config, layout.seq_len)
     if recipe.lora is not None:
         model = dataclasses.replace(model, shape=_adapted(model.shape, recipe.lora.target_modules))
-    return model, layout
+    return dataclasses.replace(plan_layout(model, layout, gpu), notes=tuple(notes))
 
 
 def plan_layout(model: Model, layout: Layout, gpu: Gpu) -> Plan:

@@ -36,7 +36,7 @@ def predict(records: Records) -> Prediction | str:
     if not devices:
         return "The run used no GPU, and a plan is for GPUs."
     from slipstream.planning.gpus import find_gpu
-    from slipstream.planning.plan import estimate_recipe
+    from slipstream.planning.plan import make_plan
     from slipstream.train.recipe_file import load_recipe
 
     try:
@@ -45,7 +45,7 @@ def predict(records: Records) -> Prediction | str:
         # What the run settled on, where the recipe leaves it open.
         train = recipe.train.model_copy(update=records.environment.get("batch") or {})
         ranks = int(records.environment.get("ranks", 1))
-        given = estimate_recipe(recipe.model_copy(update={"train": train}), ranks, gpu)
+        given = make_plan(recipe.model_copy(update={"train": train}), ranks, gpu).given
     except _NO_PLAN as error:
         return f"No plan can be made of this run: {' '.join(str(error).split())[:300]}"
     layout = given.layout
