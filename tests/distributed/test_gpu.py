@@ -66,7 +66,7 @@ def against_one_gpu(setup: dict[str, Any], dispatcher: str) -> tuple[float, floa
     return abs(mean.item() / ranks / sum(losses) - 1), errors[name], name
 
 
-@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather", "nvlink"])
 def test_loss_and_gradients(dispatcher: str) -> None:
     for loss_error, grad_error, name in run_ranks(
         against_one_gpu, 2, {"ep_size": 2}, dispatcher, timeout=180, backend="nccl"

@@ -4,6 +4,7 @@
 Dims: see base.py.
 """
 
+import functools
 import warnings
 from typing import Any
 
@@ -154,8 +155,13 @@ class AutoExchange(NvlinkExchange):
 
     def _without_peers(self, error: NoPeerAccessError) -> None:
         self.dispatcher = AllToAllDispatcher(self.dispatcher.num_local_experts, self.ep_mesh.get_group())
-        if self.ep_mesh.get_local_rank() == 0:
-            warnings.warn(f"tokens travel by all-to-all instead of stores over NVLink: {error}", stacklevel=2)
+        _warn_once(f"tokens travel by all-to-all instead of stores over NVLink: {error}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Not for each layer."""
+    warnings.warn(message, stacklevel=4)
 
 
 def choose(ep_size: int) -> tuple[str, str]:

@@ -12,6 +12,7 @@ Dims: see base.py.
 """
 
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -239,6 +240,7 @@ class Peers:
         self._gathered(lambda: None)  # all flags are zero before any is raised
 
     def _symmetric(self, size: int) -> list[int]:
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not used here, and not without risk
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         self.area = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
@@ -303,8 +305,10 @@ def _check_facts(facts: list[tuple[str, str, list[str], int]]) -> None:
 
 
 def obstacle(ranks: int) -> str | None:
-    """Why a group of `ranks` neighbouring ranks would not reach each other, as far as this rank sees without the
-    others; None if nothing speaks against it."""
+    """Why a group of `ranks` neighbouring ranks would not reach each other, or None if nothing speaks against it.
+
+    As far as a rank sees without the others; all ranks of a group come to the same.
+    """
     if not torch.cuda.is_available():
         return "no GPU"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -313,9 +317,8 @@ def obstacle(ranks: int) -> str | None:
     count = torch.cuda.device_count()
     if count < local:
         return f"this rank sees {count} of the machine's GPUs (CUDA_VISIBLE_DEVICES), and can't tell"
-    mine = int(os.environ.get("LOCAL_RANK", "0"))
-    first = mine // ranks * ranks
-    for other in range(first, first + ranks):
-        if other != mine and not torch.cuda.can_device_access_peer(mine, other):
-            return f"GPU {mine} can't reach GPU {other}'s memory (nvidia-smi topo -p2p r)"
+    first = int(os.environ.get("LOCAL_RANK", "0")) // ranks * ranks
+    for one, other in itertools.permutations(range(first, first + ranks), 2):
+        if not torch.cuda.can_device_access_peer(one, other):
+            return f"GPU {one} can't reach GPU {other}'s memory (nvidia-smi topo -p2p r)"
     return None
