@@ -1,12 +1,13 @@
 # Everything runs from a bare clone with only python3 (3.11 or newer): each target first makes .venv.
 BIN := .venv/bin
 
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint docs bench clean
 
 help:
 	@echo "make demo    real weights learn from real conversations on a CPU, in minutes"
-	@echo "make test    lint, types and the CPU tests"
+	@echo "make test    lint, types, the docs' links and the CPU tests"
 	@echo "make lint    ruff and mypy only"
+	@echo "make docs    the docs as a site, in build/docs; a broken link fails it"
 	@echo "make bench   time a training step beside plain Transformers (without a GPU: a tiny one, into runs/bench)"
 	@echo "make clean   remove build and tool caches (.venv and runs stay)"
 
@@ -17,13 +18,16 @@ demo: venv
 	@scripts/demo.sh
 
 # One torch thread a worker: small models gain nothing from more, and two workers then share two cores.
-test: lint
+test: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2
 
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # At full size it takes more memory than a machine without a GPU has.
 bench: venv

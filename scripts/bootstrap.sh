@@ -66,5 +66,5 @@ if [ "$(uname -s)" = Linux ] && ! $venv/bin/python -c 'import triton' 2>/dev/nul
     pip install --quiet --no-deps triton==$tested_triton || echo "bootstrap: no triton for this machine; kernel tests will skip"
 fi
 echo "bootstrap: installing slipstream and what its tests need"
-pip install --quiet -c constraints.txt -e '.[test]'
+pip install --quiet -c constraints.txt -e '.[test,docs]'
 echo "$inputs" >$stamp

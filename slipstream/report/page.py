@@ -119,6 +119,8 @@ def page(records: Records) -> str:
     parts = [part for part in parts if part]
     links = "".join(f'<a href="#{_between(part, "id=", ">")}">{_between(part, "<h2>", "</h2>")}</a>' for part in parts)
     how = "full fine-tune" if records.recipe.get("lora") is None else "LoRA fine-tune"
+    if records.section("model").get("config") is not None:
+        how = "training from random weights"
     state = "finished" if records.finished else "not finished"
     lead = f"{how}, {state}; <code>{escape(records.folder)}</code>"
     inside = "\n".join(parts)

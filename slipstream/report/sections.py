@@ -128,11 +128,10 @@ def data(records: Records) -> str:
     found, recipe = records.data, records.section("data")
     if not found and not recipe:
         return ""
-    rows = [("trained on", "<br>".join(_source(source) for source in recipe.get("train") or ()) or "unknown")]
-    held_out = recipe.get("eval")
+    rows = [("trained on", _sources(recipe.get("train")) or "unknown")]
     fraction = recipe.get("eval_fraction")
-    if held_out:
-        rows.append(("held out", "<br>".join(_source(source) for source in held_out)))
+    if recipe.get("eval"):
+        rows.append(("held out", _sources(recipe["eval"])))
     elif fraction:
         rows.append(("held out", f"{fraction:.1%} of the rows above"))
     if found:
@@ -158,6 +157,10 @@ def data(records: Records) -> str:
             "Bad rows", table([(escape(row.get("place", "")), escape(row.get("reason", ""))) for row in bad[:50]])
         )
     return section("data", "Data", table(rows), listed)
+
+
+def _sources(sources: Any) -> str:
+    return "<br>".join(map(_source, sources if isinstance(sources, list) else [sources] if sources else []))
 
 
 def _source(source: Any) -> str:
@@ -203,7 +206,7 @@ def _answer(when: str, step: int, text: str) -> str:
 def recipe(records: Records) -> str:
     if not records.recipe_text:
         return ""
-    shown = f'<pre tabindex="0" aria-label="recipe">{escape(records.recipe_text)}</pre>'
+    shown = f'<pre tabindex="0" role="region" aria-label="recipe">{escape(records.recipe_text)}</pre>'
     words = "<p>With every default written out; <code>slipstream finetune</code> takes it as it is.</p>"
     return section("recipe", "Recipe", words, _folded("recipe.resolved.yaml", shown))
 
@@ -221,6 +224,9 @@ def environment(records: Records) -> str:
         ("system", escape(f"Python {found.get('python')}, CUDA {found.get('cuda')}, {found.get('platform')}")),
         ("packages", escape(", ".join(f"{name} {version}" for name, version in (found.get("packages") or {}).items()))),
     ]
+    if batch := found.get("batch"):
+        rows_each, times = batch.get("per_device_train_batch_size"), batch.get("gradient_accumulation_steps")
+        rows.append(("a step", escape(f"{times} micro-batch{'es' * (times != 1)} of {rows_each} rows a rank")))
     for key, name in (("git", "revision"), ("slipstream_git", "Slipstream's revision")):
         if found.get(key):
             changed = ", with changes" * bool(found[key].get("changes"))

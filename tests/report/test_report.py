@@ -85,7 +85,8 @@ def test_what_users_wrote_is_text(tmp_path: Path) -> None:
 def test_figures_of_the_run(tmp_path: Path) -> None:
     words = made(tmp_path, steps=8, layers=2).words
     for part in ("2.31 → 1.268", "488k", "63.4 GiB", "51,200, 88,000,000 tokens (59%", "weight 3", "chats.jsonl:17",
-                 "By step 8 the sea is calm.", "3 answers in between", "torch 2.11.0", "with changes"):  # fmt: skip
+                 "By step 8 the sea is calm.", "3 answers in between", "torch 2.11.0", "with changes",
+                 "1 micro-batch of 2 rows a rank", "full fine-tune, finished"):  # fmt: skip
         assert part in words, part
 
 
@@ -151,10 +152,31 @@ def test_the_plan_beside_the_run(tmp_path: Path) -> None:
     wanted = make_plan(recipe, *parse_gpus("8xH200")).given
     assert found.memory_gib == pytest.approx(wanted.memory.peak_gib)
     assert found.tokens_per_second == pytest.approx(8 * wanted.time.tokens_per_second)
-    assert found.filled == filled(records.data, 4096) == pytest.approx(88_000_000 / 22_004 / 4096)
+    assert found.filled == pytest.approx(0.99 * 88_000_000 / 22_004 / 4096)  # 512 of 51,200 rows are held out
     shown = Page(page(records))
     assert f"{found.memory_gib:.1f}" in shown.words
     assert "micro-batch 2 of 4,096 tokens" in shown.words
+
+
+@pytest.mark.parametrize(
+    ("section", "data", "share"),
+    [
+        ({}, {"rows": 10, "tokens": 500}, 0.5),
+        ({}, {"rows": 10, "tokens": 500, "held_out_rows": 5}, 0.5),  # those are as long as the others
+        ({"packing": True}, {"rows": 10, "tokens": 500, "packed_rows": 6, "held_out_rows": 2}, 400 / 600),
+        (
+            {"packing": True, "eval": ["e"]},
+            {"rows": 10, "tokens": 500, "packed_rows": 6, "held_out_rows": 2},
+            500 / 600,
+        ),
+        ({"packing": True, "streaming": True}, {"rows": 10, "tokens": 500}, None),
+        ({}, {}, None),
+    ],
+)
+def test_how_full_rows_are(section: dict[str, Any], data: dict[str, Any], share: float | None, tmp_path: Path) -> None:
+    (tmp_path / "recipe.resolved.yaml").write_text(yaml.safe_dump({"data": section}))
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    assert filled(read_records(tmp_path), 100) == (None if share is None else pytest.approx(share))
 
 
 @pytest.mark.parametrize(
