@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ALL_EXPERTS = "all-experts"
+_AVERAGED = "_slipstream_averaged"
 # Settings that PEFT has for linear layers but not for parameters, and what leaves them out.
 _NOT_FOR_EXPERTS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
 
@@ -116,16 +117,32 @@ class _AfterImport(MetaPathFinder):
 
 def _patch() -> None:
     from peft import PeftModel
-    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
+    layer: Any = LoraLayer
     wrapper: Any = ParamWrapper
     model: Any = PeftModel
     if hasattr(wrapper.forward, "__wrapped__"):
         return
+    layer._get_in_out_features = _in_out_features(layer._get_in_out_features)
     wrapper.forward = _forward(wrapper.forward)
     wrapper.update_layer = _update_layer(wrapper.update_layer)
     wrapper.unload_and_optionally_merge_module = _unload(wrapper.unload_and_optionally_merge_module)
+    model.__init__ = _keeping_equal(model.__init__)
+    model.add_adapter = _keeping_equal(model.add_adapter)
     model.save_pretrained = _save_pretrained(model.save_pretrained)
+
+
+def _in_out_features(original: Any) -> Any:
+    @functools.wraps(original)
+    def in_out_features(self: Any, module: nn.Module) -> Any:
+        """PEFT takes a mesh with replicas for tensor parallelism, and a layer's size for that of its local part."""
+        mesh = getattr(getattr(module, "weight", None), "device_mesh", None)
+        if isinstance(module, nn.Linear) and mesh and {*(mesh.mesh_dim_names or ())} <= {"dp_replicate", "fsdp"}:
+            return module.in_features, module.out_features
+        return original(self, module)
+
+    return in_out_features
 
 
 def _is_ours(wrapper: Any) -> bool:
@@ -136,15 +153,23 @@ def _is_ours(wrapper: Any) -> bool:
     return wrapper.parameter_name in projection_names(experts)
 
 
+def _compiles(wrapper: Any) -> bool:
+    """Whether this is a forward of compiled code, in which PEFT's change of the module's class breaks the graph, around
+    a module with one such weight: a router, say, which PEFT's "all-linear" includes for some architectures."""
+    return torch.compiler.is_compiling() and wrapper.base_layer is wrapper.get_base_layer()
+
+
 def _forward(original: Any) -> Any:
     @functools.wraps(original)
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or not _is_ours(self):
-            result: Tensor = original(self, x, *args, **kwargs)
-            return result
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters or self.merged or not (_is_ours(self) or _compiles(self)):
+            return original(self, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)  # which looks for its adapters by itself
-        return result
+        if _is_ours(self):
+            return self.base_layer(x, *args, **kwargs)  # which looks for its adapters by itself
+        deltas = [self.get_delta_weight(adapter) for adapter in self.active_adapters if adapter in self.lora_A]
+        weight = self.get_param() + sum(deltas)
+        return torch.func.functional_call(self.base_layer, {self.parameter_name: weight}, (x, *args), kwargs)
 
     return forward
 
@@ -218,13 +243,13 @@ def _update_layer(original: Any) -> Any:
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         original(self, adapter_name, *args, **kwargs)
         _attach(self)
-        parameter = self.get_param()
-        if not isinstance(parameter, DTensor):
+        parameter, experts = self.get_param(), hf.is_experts(self.get_base_layer())
+        if not experts or not isinstance(parameter, DTensor):
             return
         if not _is_ours(self):
             raise ValueError(
-                f"LoRA on {self.parameter_name}: it is spread over ranks, which PEFT cannot do with parameters; it "
-                'works for experts with BackendConfig(experts="slipstream"), else leave it out of target_parameters'
+                f"LoRA on {self.parameter_name} of experts that are spread over ranks: PEFT cannot do it, Slipstream "
+                'can for their weights, with BackendConfig(experts="slipstream"); leave it out of target_parameters'
             )
         for factors in (self.lora_A, self.lora_B):
             linear = factors[adapter_name]
@@ -239,6 +264,32 @@ def _spread(tensor: Tensor, like: DTensor) -> DTensor:
     names = mesh.mesh_dim_names or ("",) * mesh.ndim
     placements = [Replicate() if name == "dp_replicate" else Shard(0) for name in names]
     return distribute_tensor(tensor.to(mesh.device_type), mesh, placements)
+
+
+def _keeping_equal(original: Any) -> Any:
+    """`original`, a method of `PeftModel` that adds an adapter; what FSDP2 does not know of it, as it came after, is
+    then kept the same on all ranks: adapters of dense layers."""
+
+    @functools.wraps(original)
+    def add(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if not hf.is_distributed(self.get_base_model()) or not dist.is_initialized():
+            return
+        for parameter in self.parameters():
+            if parameter.requires_grad and not isinstance(parameter, DTensor) and not hasattr(parameter, _AVERAGED):
+                dist.broadcast(parameter.data, src=0)
+                parameter.register_post_accumulate_grad_hook(_average)
+                setattr(parameter, _AVERAGED, True)
+                hf.mark_averaged(parameter)
+
+    return add
+
+
+def _average(parameter: Tensor) -> None:
+    """Mean over the ranks; of what was averaged before, it is that again, so gradients may accumulate."""
+    assert parameter.grad is not None
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
 
 
 def _save_pretrained(original: Any) -> Any:
@@ -262,14 +313,13 @@ def _whole_state(
     from peft import get_peft_model_state_dict
 
     tensors = model.state_dict()
-    # PEFT chooses by name: show it stand-ins, which it hands back under the names of the file.
-    stand_ins = {name: torch.empty(0) for name in tensors}
-    name_of = {id(stand_in): name for name, stand_in in stand_ins.items()}
+    # PEFT chooses by name, and would gather all that it chooses from: show it numbers instead.
+    names = list(tensors)
+    stand_ins = {name: torch.tensor(number) for number, name in enumerate(names)}
     whole = {}
     for adapter in selected_adapters or model.peft_config:
         chosen = get_peft_model_state_dict(model, stand_ins, adapter, save_embedding_layers=save_embedding_layers)
-        for stand_in in chosen.values():
-            name = name_of[id(stand_in)]
+        for name in (names[int(number)] for number in chosen.values()):
             tensor = tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
             whole[name] = tensor.to("cpu")
     return whole
