@@ -10,7 +10,6 @@ the time of a forward: PEFT orders a factor's columns by rank first, so that an 
 Everything of PEFT that is not public is touched here. Checked against PEFT 0.21.2.
 """
 
-import copy
 import functools
 import importlib.util
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from slipstream import hf
+from slipstream.checkpoint.export import Team
 from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR, scale_gradient
 from slipstream.moe.experts import ADAPTERS, projection_names
 from slipstream.moe.lora import LowRank, low_rank
@@ -31,10 +31,9 @@ from slipstream.moe.lora import LowRank, low_rank
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-ALL_EXPERTS = "all-experts"
 _AVERAGED = "_slipstream_averaged"
 # Settings that PEFT has for linear layers but not for parameters, and what leaves them out.
-_NOT_FOR_EXPERTS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
+_NOT_FOR_PARAMETERS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
 
 
 def install(model: nn.Module) -> None:
@@ -47,23 +46,6 @@ def install(model: nn.Module) -> None:
                 _attach(module)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
-
-
-def with_experts(config: "LoraConfig", model: nn.Module) -> "LoraConfig":
-    """A copy of `config` in which `target_parameters="all-experts"` is spelled out for `model`.
-
-    Raises: ValueError where `model` has no experts, or a setting is not for parameters.
-    """
-    config = copy.copy(config)
-    if config.target_parameters == ALL_EXPERTS:
-        config.target_parameters = all_experts(model)
-        if not config.target_parameters:
-            raise ValueError(
-                f"lora.target_parameters={ALL_EXPERTS!r}: {type(model).__name__} has no experts that follow "
-                "Transformers' interface; leave it out"
-            )
-    check(config)
-    return config
 
 
 def all_experts(model: nn.Module) -> list[str]:
@@ -81,11 +63,12 @@ def check(config: "LoraConfig") -> None:
     """Raise ValueError for a setting that PEFT has not for parameters, if `config` targets any."""
     if not config.target_parameters:
         return
-    for name, without in _NOT_FOR_EXPERTS.items():
+    for name, without in _NOT_FOR_PARAMETERS.items():
         if (given := getattr(config, name)) != without:
             raise ValueError(
-                f"lora.{name}={given}: PEFT has it for linear layers only, not for parameters such as experts'; set it "
-                f"to {without}, or leave target_parameters out"
+                f"lora.{name}={given}: PEFT has it for linear layers only, not for parameters such as experts' "
+                f"(here {', '.join(sorted(config.target_parameters))}); set it to {without}, or name linear layers "
+                "alone in target_modules"
             )
 
 
@@ -125,12 +108,24 @@ def _patch() -> None:
     if hasattr(wrapper.forward, "__wrapped__"):
         return
     layer._get_in_out_features = _in_out_features(layer._get_in_out_features)
+    wrapper.__init__ = _checked(wrapper.__init__)
     wrapper.forward = _forward(wrapper.forward)
     wrapper.update_layer = _update_layer(wrapper.update_layer)
     wrapper.unload_and_optionally_merge_module = _unload(wrapper.unload_and_optionally_merge_module)
     model.__init__ = _keeping_equal(model.__init__)
     model.add_adapter = _keeping_equal(model.add_adapter)
     model.save_pretrained = _save_pretrained(model.save_pretrained)
+
+
+def _checked(original: Any) -> Any:
+    @functools.wraps(original)
+    def init(
+        self: Any, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any
+    ) -> None:
+        check(config)
+        original(self, base_layer, adapter_name, parameter_name, config, **kwargs)
+
+    return init
 
 
 def _in_out_features(original: Any) -> Any:
@@ -298,9 +293,11 @@ def _save_pretrained(original: Any) -> Any:
         if not hf.is_distributed(self.get_base_model()) or not dist.is_initialized():
             original(self, save_directory, *args, **kwargs)
             return
+        team = Team()
         kwargs |= {"state_dict": _whole_state(self, **kwargs), "is_main_process": dist.get_rank() == 0}
-        original(self, save_directory, *args, **kwargs)
-        dist.barrier()
+        with team:
+            original(self, save_directory, *args, **kwargs)
+        team.share(None)
 
     return save_pretrained
 

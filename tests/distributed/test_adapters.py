@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -143,6 +144,21 @@ def gathered(base: Path, adapter: Path, out: Path) -> tuple[int, int]:
 def test_saving_gathers_no_base_weight(folders: Any, tmp_path: Path) -> None:
     base, adapter = folders("qwen3_moe")
     assert run_ranks(gathered, 2, base, adapter, tmp_path / "saved") == [(16, 16)] * 2
+
+
+def unwritable(base: Path, adapter: Path, out: Path) -> str:
+    model = load(base, adapter, {"ep_size": 2})
+    if dist.get_rank() == 0:
+        peft.peft_model.safe_save_file = lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no space left"))
+    with pytest.raises(RuntimeError, match="saving the model failed") as error:
+        model.save_pretrained(out)
+    return str(error.value)
+
+
+def test_ranks_fail_together(folders: Any, tmp_path: Path) -> None:
+    base, adapter = folders("qwen3_moe")
+    said = run_ranks(unwritable, 2, base, adapter, tmp_path / "saved")
+    assert said == ["saving the model failed on rank 0: OSError: no space left"] * 2
 
 
 def refused(base: Path) -> str:
