@@ -8,6 +8,7 @@ from slipstream.cli.bench import bench
 from slipstream.cli.doctor import doctor
 from slipstream.cli.finetune import finetune
 from slipstream.cli.launch import launch
+from slipstream.cli.merge import merge
 from slipstream.cli.plan import plan
 from slipstream.cli.preview import preview
 from slipstream.cli.upcycle import upcycle
@@ -26,6 +27,7 @@ app.command()(finetune)
 app.command()(preview)
 app.command()(plan)
 app.command()(launch)
+app.command()(merge)
 app.command()(upcycle)
 app.add_typer(bench, name="bench")
 app.command()(doctor)
