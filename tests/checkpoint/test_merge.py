@@ -141,9 +141,7 @@ def test_another_base(made: tuple[Path, Path], tmp_path: Path) -> None:
     tiny_model("qwen3_moe", None, num_experts=4).save_pretrained(tmp_path / "fewer" / "base")
     assert "does not fit this base: " in refused(adapter, tmp_path / "fewer" / "base", out)
     tiny_model("qwen3_moe", None, num_hidden_layers=2).save_pretrained(tmp_path / "shorter" / "base")
-    assert "does not fit this base, which has no model.layers.2." in refused(
-        adapter, tmp_path / "shorter" / "base", out
-    )
+    assert "does not fit this base, which has no model.layers." in refused(adapter, tmp_path / "shorter" / "base", out)
     tiny_model("qwen3_moe", None, num_hidden_layers=6).save_pretrained(tmp_path / "longer" / "base")
     assert "is missing" in refused(adapter, tmp_path / "longer" / "base", out)
 
