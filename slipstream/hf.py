@@ -67,17 +67,14 @@ def exchange(name: str) -> type[EPImplementation]:
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The (name, module) pairs of `model` whose forward goes through the experts interface.
-
-    `use_experts_implementation` sets flags on every class that it decorates.
-    """
+    """The (name, module) pairs of `model` whose forward goes through the experts interface."""
     for name, module in model.named_modules():
         if is_experts(module):
             yield name, module
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether `module` is one of those that `experts_modules` gives."""
+    """Whether `module` has the flags that `use_experts_implementation` sets on every class it decorates."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
@@ -310,6 +307,11 @@ def running_loss(trainer: Any) -> torch.Tensor:
     return loss
 
 
+def mark_averaged(parameter: nn.Parameter) -> None:
+    """Tell `Trainer` that something else takes the mean of the gradient over the ranks."""
+    parameter._replicated_grad_hook_registered = True  # type: ignore[attr-defined]
+
+
 def set_batch_size(trainer: Any, size: int) -> None:
     """Let `trainer`, before it trains, take `size` rows a micro-batch."""
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
@@ -366,7 +368,6 @@ class Reversal:
                 return {apply_renamings(name, self._renamings): tensor}
             converter = converter or copy.deepcopy(self._by_pattern[pattern])
             converter.add_tensor(target, name, pattern, tensor)
-        assert converter is not None
         converted = converter.convert(target, model=self._model, config=self._model.config)
         return {
             apply_renamings(name, self._renamings): value[0] if isinstance(value, list) else value

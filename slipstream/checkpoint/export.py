@@ -101,7 +101,7 @@ def export(
     if hf.holds_adapters_or_quantised(model):
         raise ValueError("export writes plain weights; save adapters or quantised weights with Transformers")
     max_shard_bytes, dtype = _bytes(max_shard_size), _dtype(save_dtype)
-    rank, team = rank_and_ranks()[0], _Team()
+    rank, team = rank_and_ranks()[0], Team()
 
     tensors: dict[str, torch.Tensor] = {}
     held: dict[str, Holding] = {}
@@ -145,7 +145,7 @@ def export(
             shutil.rmtree(incomplete, ignore_errors=True)
 
 
-class _Team:
+class Team:
     """As a context it keeps this rank's error back until `share`, so that the ranks stay in step and raise together."""
 
     def __init__(self) -> None:
@@ -216,7 +216,7 @@ def _gathered(
     tensors: dict[str, torch.Tensor],
     held: dict[str, Holding],
     holdings: list[dict[str, Holding]],
-    team: _Team,
+    team: Team,
 ) -> Iterator[tuple[Part, dict[str, torch.Tensor]]]:
     """This rank's parts with their tensors. Takes part in the other ranks' gathers meanwhile."""
     rank, _ = rank_and_ranks()
@@ -243,7 +243,7 @@ def _gather_step(
     tensors: dict[str, torch.Tensor],
     held: dict[str, Holding],
     holdings: list[dict[str, Holding]],
-    team: _Team,
+    team: Team,
 ) -> torch.Tensor | None:
     """Send the pieces that the others want in this step, and return the tensor this rank wants, on the CPU.
 

@@ -18,6 +18,7 @@ from slipstream.parallel.setup import CHECKPOINTING, DTYPES, STRATEGIES, Distrib
 DEFAULT_MAX_LENGTH = 2048  # tokens; the model's own limit when that is smaller
 DEFAULT_BATCH_SIZE = 8
 AUTO = "auto"
+ALL_EXPERTS = "all-experts"
 # The keys of sections that another class validates.
 BACKEND_KEYS = tuple(field.name for field in dataclasses.fields(BackendConfig))
 DISTRIBUTED_KEYS = tuple(field.name for field in dataclasses.fields(DistributedSetup))
@@ -262,7 +263,15 @@ class LoraSection(Section):
     r: int = Field(16, gt=0)
     lora_alpha: float = Field(32, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = Field("all-linear", description="PEFT says which experts that includes.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="PEFT says what that includes; of some architectures experts and routers too."
+    )
+    target_parameters: Literal["all-experts"] | list[str] | None = Field(
+        None, description="Ends of parameters' names, such as experts.down_proj; or 'all-experts'."
+    )
+    exclude_modules: str | list[str] | None = None
+    rank_pattern: dict[str, int] = Field({}, description="Name -> a rank of its own.")
+    alpha_pattern: dict[str, float] = Field({}, description="Name -> a lora_alpha of its own.")
     modules_to_save: list[str] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
