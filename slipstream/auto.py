@@ -15,7 +15,7 @@ from slipstream.acceleration import accelerate, choose_dispatcher
 from slipstream.backend import BackendConfig
 from slipstream.parallel.initialize import build_sharded
 from slipstream.parallel.setup import DistributedSetup, join_process_group
-from slipstream.parallel.shard import shard
+from slipstream.parallel.shard import plan_experts, shard
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
@@ -58,7 +58,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             setup.check(hf.num_routed_experts(config))
             if setup.ranks > 1:
                 kwargs["distributed_config"] = _distributed_config(backend, setup)
-                sharding = hf.sharding_by(partial(shard, setup=setup))
+                sharding = hf.sharding_by(partial(shard, setup=setup), partial(plan_experts, ep_size=setup.ep_size))
         try:
             with sharding:
                 loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -95,7 +95,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         if distributed_setup is None or setup.ranks == 1:
             return accelerate(build(), backend=backend, distributed_setup=distributed_setup)
         distributed_config = _distributed_config(backend, setup)
-        with hf.sharding_by(partial(shard, setup=setup)):
+        with hf.sharding_by(partial(shard, setup=setup), partial(plan_experts, ep_size=setup.ep_size)):
             model = build_sharded(build, partial(hf.distribute, config=distributed_config))
         return accelerate(model, backend=backend, distributed_setup=distributed_setup)
 

@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
 from slipstream import hf
 
+# Classes of experts modules that Transformers calls in ways of their own; see `moe.adapters`.
+LLAMA4_EXPERTS, DBRX_EXPERTS, LONGCAT_EXPERTS = "Llama4TextExperts", "DbrxExperts", "LongcatFlashExperts"
 MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
 
 
@@ -34,6 +38,25 @@ def takes_experts_implementation(config: PretrainedConfig) -> bool:
 def _causal_lm_class(config: PretrainedConfig) -> Any:
     """Transformers' own class for `config`; None where the checkpoint brings one."""
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def experts_plan(model: nn.Module) -> dict[str, str]:
+    """Each experts module of `model` to exchange tokens, and its parameters to be split by expert.
+
+    Raises: ValueError for parameters that have not a row an expert.
+    """
+    plan = {}
+    for name, experts in hf.experts_modules(model):
+        layer = replace_layer_number_by_wildcard(name)
+        plan[layer] = "ep_dispatch_experts"
+        rows = {key: parameter.shape[0] for key, parameter in experts.named_parameters() if parameter.ndim > 1}
+        if other := [key for key, count in rows.items() if count != experts.num_experts]:
+            raise ValueError(
+                f"ep_size: {name}.{other[0]} of {type(model).__name__} has {rows[other[0]]} rows for "
+                f"{experts.num_experts} experts and can't be split by expert; leave ep_size out"
+            )
+        plan |= {f"{layer}.{key}": "grouped_gemm" for key in rows}
+    return plan
 
 
 def merged_along_dim0(model: Any) -> set[str]:

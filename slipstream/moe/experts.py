@@ -11,6 +11,7 @@ import torch
 
 from slipstream import hf
 from slipstream.kernels.expert_activation import Activation
+from slipstream.moe import adapters
 from slipstream.moe.activation import activation_name, function_named, own_function
 from slipstream.moe.grouped_mlp import grouped_mlp, grouped_mlp_autograd
 from slipstream.moe.routing import balanced_index
@@ -63,6 +64,10 @@ def is_fused(experts: Any) -> bool:
 
 def projections(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Up and down as `[E, in, out]` views in the dtype to compute in, and their biases."""
+    own = adapters.own_projections(experts)
+    if own is not None:
+        up, down = (_in_out(weight.to(compute_dtype(weight)), experts) for weight in own)
+        return up, down, None, None
     up = experts.gate_up_proj if experts.has_gate else experts.up_proj
     up_bias = "gate_up_proj_bias" if experts.has_gate else "up_proj_bias"
     dtype = compute_dtype(up)

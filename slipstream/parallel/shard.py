@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Shard
 
 from slipstream import hf, hf_models
+from slipstream.moe.adapters import adapt
 from slipstream.moe.dispatch import GRADIENT_DIVISOR
 from slipstream.parallel.setup import DistributedSetup
 
@@ -53,6 +54,12 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
     fully_shard(model, mesh=mesh, **policies)
     hf.mark_fsdp_managed(model)
     return model
+
+
+def plan_experts(model: Any, ep_size: int) -> Plan:
+    """How the experts of a model on the meta device are split: name -> style; empty where `ep_size` is 1."""
+    adapt(model)
+    return hf_models.experts_plan(model) if ep_size > 1 else {}
 
 
 def _stay_put(setup: DistributedSetup) -> bool:
