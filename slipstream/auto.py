@@ -1,6 +1,7 @@
 """The one-import API: resolve and load through Transformers, then accelerate."""
 
 import copy
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 from slipstream import hf
 from slipstream.acceleration import accelerate, choose_dispatcher
 from slipstream.backend import BackendConfig
+from slipstream.checkpoint import passthrough
+from slipstream.checkpoint.export import install_save
 from slipstream.parallel.initialize import build_sharded
 from slipstream.parallel.setup import DistributedSetup, join_process_group
 from slipstream.parallel.shard import plan_experts, shard
@@ -70,6 +73,11 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         # output_loading_info=True returns (model, info).
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
         model = accelerate(model, backend=backend, distributed_setup=distributed_setup)
+        hub = {key: kwargs[key] for key in _FILE_KEYWORDS if key in kwargs}
+        known = isinstance(pretrained_model_name_or_path, str | os.PathLike)
+        if known and (kept := passthrough.find(str(pretrained_model_name_or_path), model.config, **hub)):
+            setattr(model, passthrough.KEPT, kept)
+            install_save(model)
         return (model, *info) if info else model
 
     @classmethod
@@ -102,6 +110,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                  "trust_remote_code", "code_revision")  # fmt: skip
+
+_FILE_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def _backend(backend: BackendConfig | Mapping[str, Any] | None, kwargs: dict[str, Any]) -> BackendConfig:
