@@ -3,18 +3,25 @@
 Checked against Transformers 5.23.0, each with a test in tests/test_hf_models.py.
 """
 
+import copy
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter
+from transformers.core_model_loading import Concatenate, WeightConverter, convert_and_load_state_dict_in_model
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import MtpLayer
+from transformers.modeling_utils import LoadStateDictConfig
 
 from slipstream import hf
 
@@ -75,6 +82,53 @@ def merged_along_dim0(model: Any) -> set[str]:
         for name, _ in model.named_parameters()
         if not name.startswith(experts) and any(pattern.search(name) for pattern in merged)
     }
+
+
+def prediction_layers(model: Any, count: int) -> list[nn.Module]:
+    """Modules for multi-token prediction, not initialised: two norms, a projection, a decoder layer with full attention
+    and experts of the kind that `model` has, and a norm."""
+    decoder = model.get_decoder()
+    config = copy.deepcopy(model.config.get_text_config())
+    config.num_hidden_layers = count
+    for name, value in (("layer_types", "full_attention"), ("mlp_layer_types", "sparse")):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, [value] * count)
+    if hasattr(config, "first_k_dense_replace"):
+        config.first_k_dense_replace = 0
+    layer_class, norm_class = type(decoder.layers[-1]), type(decoder.norm)
+    return [MtpLayer(config, layer_class, norm_class, layer) for layer in range(count)]
+
+
+def load_into(model: Any, sources: dict[str, tuple[Path, str]]) -> set[str]:
+    """Read tensors into `model`, converted as its checkpoints are; returns the parameters that got none.
+
+    Args:
+        sources: name as if the checkpoint were of this model -> file and the tensor's name there.
+    """
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path, _ in sources.values()}
+        slices = {name: files[path].get_slice(key) for name, (path, key) in sources.items()}
+        device = next(model.parameters()).device
+        mapping: Any = get_model_conversion_mapping(model)
+        config = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype=model.dtype)
+        info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=slices, load_config=config)
+    if info.mismatched_keys or info.unexpected_keys:
+        odd = sorted(map(str, {*info.mismatched_keys, *info.unexpected_keys}))
+        raise ValueError(f"{odd[0]} does not fit {type(model).__name__}")
+    return set(info.missing_keys)
+
+
+def rotary_embedding(model: Any, hidden_BSH: torch.Tensor, positions_BS: torch.Tensor) -> Any:
+    """What the decoder of `model` gives its layers as `position_embeddings`."""
+    return model.get_decoder().rotary_emb(hidden_BSH, position_ids=positions_BS)
+
+
+def causal_mask(model: Any, hidden_BSH: torch.Tensor, mask: torch.Tensor | None, positions_BS: torch.Tensor) -> Any:
+    """What the decoder of `model` gives its layers with full attention as `attention_mask`."""
+    return create_causal_mask(
+        config=model.config.get_text_config(), inputs_embeds=hidden_BSH, attention_mask=mask, past_key_values=None,
+        position_ids=positions_BS,
+    )  # fmt: skip
 
 
 @contextmanager

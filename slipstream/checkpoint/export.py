@@ -109,7 +109,7 @@ def export(
     tensors: dict[str, torch.Tensor] = {}
     held: dict[str, Holding] = {}
     with team:
-        tensors = hf.saved_tensors(model)
+        tensors = passthrough.under_source_names(model, hf.saved_tensors(model))
         held = {name: Holding.of(tensor) for name, tensor in tensors.items()}
     shared = team.share((os.path.abspath(directory), held))
     folder, incomplete = Path(shared[0][0]), Path(shared[0][0]) / INCOMPLETE

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 KEPT = "_slipstream_kept"
+MODULE = "mtp"  # the submodule of a model that trains them, see slipstream/mtp.py
 _MTP = re.compile(r"(^|\.)mtp(_layers)?(\.|$)")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -90,6 +91,15 @@ def read(kept: dict[str, Path], name: str) -> torch.Tensor:
     with safe_open(kept[name], framework="pt") as tensors:
         tensor: torch.Tensor = tensors.get_tensor(name)
         return tensor
+
+
+def under_source_names(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` of a model to be saved, with modules for multi-token prediction that it trains where they came from."""
+    module: Any = getattr(model, MODULE, None)
+    named: dict[str, torch.Tensor] = tensors
+    if hasattr(module, "under_source_names"):
+        named = module.under_source_names(model, tensors)
+    return named
 
 
 def follow(model: Any, folder: Path, files: dict[str, str]) -> None:
