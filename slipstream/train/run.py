@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from slipstream import AutoModelForCausalLM, DistributedSetup
+from slipstream import AutoModelForCausalLM, DistributedSetup, train_mtp
 from slipstream.adapters import all_experts
 from slipstream.checkpoint.output import INCOMPLETE, check_output_folder, holds_model, publish
 from slipstream.checkpoint.resume import Checkpointer, checkpoint_name, read_info
@@ -256,6 +256,8 @@ def load_model(prepared: Prepared) -> PreTrainedModel:
             f"model.name_or_path: {name} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}"
             f"{', …' if len(missing) > 3 else ''}), which would start out random; use a complete checkpoint"
         )
+    if weight := prepared.recipe.train.mtp_loss_weight:
+        train_mtp(model, weight)
     return model
 
 
