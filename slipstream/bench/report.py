@@ -43,8 +43,9 @@ def build_report(
     device = done[0]["device_name"] if done else options.device
     rows: list[dict[str, Any]] = []
     for gate in dict.fromkeys(run["gate"] for run in runs):
-        of_gate = [_row([r for r in runs if (r["gate"], r["contender"]) == (gate, name)], options, per_token, device)
-                   for name in contenders]  # fmt: skip
+        by_name = {name: [r for r in runs if (r["gate"], r["contender"]) == (gate, name)] for name in contenders}
+        # A benchmark that was stopped has none of some.
+        of_gate = [_row(found, options, per_token, device) for found in by_name.values() if found]
         base = next((row for row in of_gate if row["contender"] == contenders[0] and "error" not in row), None)
         for row in of_gate:
             if base is not None and "error" not in row:

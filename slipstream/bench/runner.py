@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,13 +57,12 @@ class Plan:
         return (*self.rivals, OURS)
 
 
-def run(plan: Plan, options: Options, tell: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Every job's result, or `error` instead: dicts with at least `contender`, `gate` and `repeat`.
+def run(plan: Plan, options: Options, tell: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
+    """Every job's result as it comes, or `error` instead: dicts with at least `contender`, `gate` and `repeat`.
 
     Args:
         tell: called with a line of progress before each job.
     """
-    runs = []
     moe = bool(_experts(options))
     gates = plan.gates if moe else plan.gates[-1:]  # a dense model has no gate
     for repeat in range(plan.repeats):
@@ -69,34 +70,37 @@ def run(plan: Plan, options: Options, tell: Callable[[str], None] = print) -> li
             for contender in plan.contenders:
                 job = Job(options, contender, gate if moe else "learned", plan.profile and repeat == plan.repeats - 1)
                 tell(f"{contender}, {job.gate if moe else 'dense'}, {repeat + 1} of {plan.repeats}")
-                runs.append({"contender": contender, "gate": job.gate, "repeat": repeat, **run_job(job, plan)})
-                if "error" in runs[-1]:
-                    tell(f"  failed: {runs[-1]['error']}")
-    return runs
+                result = {"contender": contender, "gate": job.gate, "repeat": repeat, **run_job(job, plan)}
+                if "error" in result:
+                    tell(f"  failed: {result['error']}")
+                yield result
 
 
 def run_job(job: Job, plan: Plan) -> dict[str, Any]:
-    """What `worker.execute` returns, from a process of its own; `{"error": …, "log": …}` if it failed."""
+    """What `worker.execute` returns, from a process of its own; `{"error": …, "log": …}` if it failed.
+
+    Raises:
+        SystemExit: SIGTERM came; the process has ended.
+    """
     command = [sys.executable]
     # NeMo reads torchrun's variables on one GPU too.
     if job.options.nproc > 1 or job.contender == "nemo":
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.options.nproc}"]
     command += ["-m", "slipstream.bench.worker", job.to_json()]
-    with tempfile.TemporaryFile("w+") as log:
-        before = _sigterm_raises()
+    with tempfile.TemporaryFile("w+") as log, _sigterm() as terminated:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, text=True, env=_environment(job, plan),
             start_new_session=True,
         )  # fmt: skip
+        deadline = time.monotonic() + plan.timeout_minutes * 60
         try:
-            process.wait(timeout=plan.timeout_minutes * 60)
-            hung = False
-        except subprocess.TimeoutExpired:
-            hung = True
+            while process.poll() is None and time.monotonic() < deadline and not terminated.is_set():
+                terminated.wait(0.1)
+            hung = process.poll() is None
         finally:
             _stop(process)
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
+        if terminated.is_set():
+            sys.exit(128 + signal.SIGTERM)
         log.seek(0)
         lines = log.read().splitlines()
     for line in lines:
@@ -111,14 +115,18 @@ def run_job(job: Job, plan: Plan) -> dict[str, Any]:
     return {"error": error.splitlines()[0][:300], "log": "\n".join(lines[-60:])}
 
 
-def _sigterm_raises() -> Any:
-    """From here on SIGTERM runs `finally` clauses: contenders have sessions of their own and would outlive us.
-
-    Returns the handler to put back; None outside the main thread, which alone may change it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """Set by a SIGTERM, which would otherwise end us alone: a contender has a session of its own and keeps its GPU."""
+    terminated = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield terminated
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

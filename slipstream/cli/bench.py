@@ -108,7 +108,15 @@ def step(
     if output is None and Path("benchmarks/results").is_dir():
         output = Path("benchmarks/results")
 
-    runs = run(plan, options, lambda line: print(line, flush=True))
+    runs, stopped = [], None
+    try:
+        for result in run(plan, options, lambda line: print(line, flush=True)):
+            runs.append(result)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not runs:
+            raise
+        stopped = error
+        print(f"stopped: the {len(runs)} runs that were done are reported", file=sys.stderr)
     report = build_report(runs, options, plan.contenders, shlex.join(["slipstream", *sys.argv[1:]]))
     Console(width=None if sys.stdout.isatty() else 200).print(terminal_table(report))
     if json_file is not None:
@@ -118,6 +126,8 @@ def step(
             print(f"wrote {path}")
     for problem in report["problems"]:
         print(f"problem: {problem}", file=sys.stderr)
+    if stopped is not None:
+        raise stopped
     if failed(report):
         raise typer.Exit(1)
 

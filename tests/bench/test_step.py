@@ -15,6 +15,7 @@ from slipstream.bench.options import Job, Options
 from slipstream.bench.presets import PRESETS
 from slipstream.bench.report import LOSS_BOUND
 from slipstream.bench.worker import execute
+from slipstream.cli import app
 
 CPU = torch.device("cpu")
 
@@ -156,6 +157,24 @@ def test_a_stopped_bench_leaves_no_process_behind(tmp_path: Path) -> None:
         assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     finally:
         process.kill()
+
+
+def test_what_was_done_before_a_stop_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = execute(Job(options("llama-3.2-1b"), "transformers", "learned"))
+    answers = iter([done])
+
+    def run_job(job: Job, plan: object) -> object:
+        for answer in answers:
+            return answer
+        raise SystemExit(143)
+
+    monkeypatch.setattr("slipstream.bench.runner.run_job", run_job)
+    flags = ["--model", "llama-3.2-1b", "--tiny", "--device", "cpu", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        app(["bench", *flags], standalone_mode=False)
+    (written,) = tmp_path.glob("*.json")
+    rows = json.loads(written.read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["transformers"]
 
 
 def children(pid: int) -> list[str]:
