@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from slipstream.auto import AutoModelForCausalLM
     from slipstream.backend import BackendConfig
     from slipstream.description import describe
+    from slipstream.mtp import train_mtp
     from slipstream.parallel.clip import clip_grad_norm_
     from slipstream.parallel.setup import DistributedSetup, create_distributed_setup_from_config
 
@@ -24,6 +25,7 @@ _HOME = {
     "clip_grad_norm_": "slipstream.parallel.clip",
     "create_distributed_setup_from_config": "slipstream.parallel.setup",
     "describe": "slipstream.description",
+    "train_mtp": "slipstream.mtp",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "clip_grad_norm_",
     "create_distributed_setup_from_config",
     "describe",
+    "train_mtp",
 ]
 
 

@@ -14,7 +14,7 @@ from slipstream.checkpoint.export import install_save
 from slipstream.compilation import compile_layers, why_not_compiled
 from slipstream.description import MARK, Acceleration, Choice, acceleration_of, unwrap
 from slipstream.loss import defer_logits, why_not_deferred
-from slipstream.moe import dispatch, experts
+from slipstream.moe import dispatch, experts, foreign
 from slipstream.parallel.activations import checkpoint_activations
 from slipstream.parallel.setup import DistributedSetup
 
@@ -78,6 +78,7 @@ def accelerate(
 
 
 def _experts(model: PreTrainedModel, backend: BackendConfig) -> Choice:
+    adapted = backend.experts != "transformers" and foreign.adapt(model)
     modules = [module for _, module in hf.experts_modules(model)]
     if not modules:
         dense = hf.num_routed_experts(model.config) is None
@@ -97,7 +98,10 @@ def _experts(model: PreTrainedModel, backend: BackendConfig) -> Choice:
             "The model's output is meaningless; use this to measure speed only.",
             stacklevel=4,
         )
-    model.set_experts_implementation(name)
+    if adapted:
+        foreign.set_implementation(model, name)
+    else:
+        model.set_experts_implementation(name)
     flavours = sorted({experts.flavour(module) for module in modules})
     return Choice("experts", name, f"{len(modules)} layers; {' and '.join(flavours)}")
 

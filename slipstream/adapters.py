@@ -10,7 +10,6 @@ the time of a forward: PEFT orders a factor's columns by rank first, so that an 
 Everything of PEFT that is not public is touched here. Checked against PEFT 0.21.2.
 """
 
-import copy
 import functools
 import importlib.util
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from slipstream import hf
+from slipstream.checkpoint.export import Team
 from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR, scale_gradient
 from slipstream.moe.experts import ADAPTERS, projection_names
 from slipstream.moe.lora import LowRank, low_rank
@@ -31,9 +31,9 @@ from slipstream.moe.lora import LowRank, low_rank
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-ALL_EXPERTS = "all-experts"
+_AVERAGED = "_slipstream_averaged"
 # Settings that PEFT has for linear layers but not for parameters, and what leaves them out.
-_NOT_FOR_EXPERTS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
+_NOT_FOR_PARAMETERS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
 
 
 def install(model: nn.Module) -> None:
@@ -46,23 +46,6 @@ def install(model: nn.Module) -> None:
                 _attach(module)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
-
-
-def with_experts(config: "LoraConfig", model: nn.Module) -> "LoraConfig":
-    """A copy of `config` in which `target_parameters="all-experts"` is spelled out for `model`.
-
-    Raises: ValueError where `model` has no experts, or a setting is not for parameters.
-    """
-    config = copy.copy(config)
-    if config.target_parameters == ALL_EXPERTS:
-        config.target_parameters = all_experts(model)
-        if not config.target_parameters:
-            raise ValueError(
-                f"lora.target_parameters={ALL_EXPERTS!r}: {type(model).__name__} has no experts that follow "
-                "Transformers' interface; leave it out"
-            )
-    check(config)
-    return config
 
 
 def all_experts(model: nn.Module) -> list[str]:
@@ -80,11 +63,12 @@ def check(config: "LoraConfig") -> None:
     """Raise ValueError for a setting that PEFT has not for parameters, if `config` targets any."""
     if not config.target_parameters:
         return
-    for name, without in _NOT_FOR_EXPERTS.items():
+    for name, without in _NOT_FOR_PARAMETERS.items():
         if (given := getattr(config, name)) != without:
             raise ValueError(
-                f"lora.{name}={given}: PEFT has it for linear layers only, not for parameters such as experts'; set it "
-                f"to {without}, or leave target_parameters out"
+                f"lora.{name}={given}: PEFT has it for linear layers only, not for parameters such as experts' "
+                f"(here {', '.join(sorted(config.target_parameters))}); set it to {without}, or name linear layers "
+                "alone in target_modules"
             )
 
 
@@ -116,16 +100,44 @@ class _AfterImport(MetaPathFinder):
 
 def _patch() -> None:
     from peft import PeftModel
-    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
+    layer: Any = LoraLayer
     wrapper: Any = ParamWrapper
     model: Any = PeftModel
     if hasattr(wrapper.forward, "__wrapped__"):
         return
+    layer._get_in_out_features = _in_out_features(layer._get_in_out_features)
+    wrapper.__init__ = _checked(wrapper.__init__)
     wrapper.forward = _forward(wrapper.forward)
     wrapper.update_layer = _update_layer(wrapper.update_layer)
     wrapper.unload_and_optionally_merge_module = _unload(wrapper.unload_and_optionally_merge_module)
+    model.__init__ = _keeping_equal(model.__init__)
+    model.add_adapter = _keeping_equal(model.add_adapter)
     model.save_pretrained = _save_pretrained(model.save_pretrained)
+
+
+def _checked(original: Any) -> Any:
+    @functools.wraps(original)
+    def init(
+        self: Any, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: Any, **kwargs: Any
+    ) -> None:
+        check(config)
+        original(self, base_layer, adapter_name, parameter_name, config, **kwargs)
+
+    return init
+
+
+def _in_out_features(original: Any) -> Any:
+    @functools.wraps(original)
+    def in_out_features(self: Any, module: nn.Module) -> Any:
+        """PEFT takes a mesh with replicas for tensor parallelism, and a layer's size for that of its local part."""
+        mesh = getattr(getattr(module, "weight", None), "device_mesh", None)
+        if isinstance(module, nn.Linear) and mesh and {*(mesh.mesh_dim_names or ())} <= {"dp_replicate", "fsdp"}:
+            return module.in_features, module.out_features
+        return original(self, module)
+
+    return in_out_features
 
 
 def _is_ours(wrapper: Any) -> bool:
@@ -136,15 +148,23 @@ def _is_ours(wrapper: Any) -> bool:
     return wrapper.parameter_name in projection_names(experts)
 
 
+def _compiles(wrapper: Any) -> bool:
+    """Whether this is a forward of compiled code, in which PEFT's change of the module's class breaks the graph, around
+    a module with one such weight: a router, say, which PEFT's "all-linear" includes for some architectures."""
+    return torch.compiler.is_compiling() and wrapper.base_layer is wrapper.get_base_layer()
+
+
 def _forward(original: Any) -> Any:
     @functools.wraps(original)
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or not _is_ours(self):
-            result: Tensor = original(self, x, *args, **kwargs)
-            return result
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters or self.merged or not (_is_ours(self) or _compiles(self)):
+            return original(self, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)  # which looks for its adapters by itself
-        return result
+        if _is_ours(self):
+            return self.base_layer(x, *args, **kwargs)  # which looks for its adapters by itself
+        deltas = [self.get_delta_weight(adapter) for adapter in self.active_adapters if adapter in self.lora_A]
+        weight = self.get_param() + sum(deltas)
+        return torch.func.functional_call(self.base_layer, {self.parameter_name: weight}, (x, *args), kwargs)
 
     return forward
 
@@ -218,13 +238,13 @@ def _update_layer(original: Any) -> Any:
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         original(self, adapter_name, *args, **kwargs)
         _attach(self)
-        parameter = self.get_param()
-        if not isinstance(parameter, DTensor):
+        parameter, experts = self.get_param(), hf.is_experts(self.get_base_layer())
+        if not experts or not isinstance(parameter, DTensor):
             return
         if not _is_ours(self):
             raise ValueError(
-                f"LoRA on {self.parameter_name}: it is spread over ranks, which PEFT cannot do with parameters; it "
-                'works for experts with BackendConfig(experts="slipstream"), else leave it out of target_parameters'
+                f"LoRA on {self.parameter_name} of experts that are spread over ranks: PEFT cannot do it, Slipstream "
+                'can for their weights, with BackendConfig(experts="slipstream"); leave it out of target_parameters'
             )
         for factors in (self.lora_A, self.lora_B):
             linear = factors[adapter_name]
@@ -241,15 +261,43 @@ def _spread(tensor: Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(tensor.to(mesh.device_type), mesh, placements)
 
 
+def _keeping_equal(original: Any) -> Any:
+    """`original`, a method of `PeftModel` that adds an adapter; what FSDP2 does not know of it, as it came after, is
+    then kept the same on all ranks: adapters of dense layers."""
+
+    @functools.wraps(original)
+    def add(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if not hf.is_distributed(self.get_base_model()) or not dist.is_initialized():
+            return
+        for parameter in self.parameters():
+            if parameter.requires_grad and not isinstance(parameter, DTensor) and not hasattr(parameter, _AVERAGED):
+                dist.broadcast(parameter.data, src=0)
+                parameter.register_post_accumulate_grad_hook(_average)
+                setattr(parameter, _AVERAGED, True)
+                hf.mark_averaged(parameter)
+
+    return add
+
+
+def _average(parameter: Tensor) -> None:
+    """Mean over the ranks; of what was averaged before, it is that again, so gradients may accumulate."""
+    assert parameter.grad is not None
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
+
+
 def _save_pretrained(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
         if not hf.is_distributed(self.get_base_model()) or not dist.is_initialized():
             original(self, save_directory, *args, **kwargs)
             return
+        team = Team()
         kwargs |= {"state_dict": _whole_state(self, **kwargs), "is_main_process": dist.get_rank() == 0}
-        original(self, save_directory, *args, **kwargs)
-        dist.barrier()
+        with team:
+            original(self, save_directory, *args, **kwargs)
+        team.share(None)
 
     return save_pretrained
 
@@ -262,14 +310,13 @@ def _whole_state(
     from peft import get_peft_model_state_dict
 
     tensors = model.state_dict()
-    # PEFT chooses by name: show it stand-ins, which it hands back under the names of the file.
-    stand_ins = {name: torch.empty(0) for name in tensors}
-    name_of = {id(stand_in): name for name, stand_in in stand_ins.items()}
+    # PEFT chooses by name, and would gather all that it chooses from: show it numbers instead.
+    names = list(tensors)
+    stand_ins = {name: torch.tensor(number) for number, name in enumerate(names)}
     whole = {}
     for adapter in selected_adapters or model.peft_config:
         chosen = get_peft_model_state_dict(model, stand_ins, adapter, save_embedding_layers=save_embedding_layers)
-        for stand_in in chosen.values():
-            name = name_of[id(stand_in)]
+        for name in (names[int(number)] for number in chosen.values()):
             tensor = tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
             whole[name] = tensor.to("cpu")
     return whole

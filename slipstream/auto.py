@@ -1,6 +1,7 @@
 """The one-import API: resolve and load through Transformers, then accelerate."""
 
 import copy
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,10 +14,12 @@ from safetensors import SafetensorError
 from slipstream import hf
 from slipstream.acceleration import accelerate, choose_dispatcher
 from slipstream.backend import BackendConfig
+from slipstream.checkpoint import passthrough
+from slipstream.checkpoint.export import install_save
 from slipstream.moe import dispatch
 from slipstream.parallel.initialize import build_sharded
 from slipstream.parallel.setup import DistributedSetup, join_process_group
-from slipstream.parallel.shard import shard
+from slipstream.parallel.shard import plan_experts, shard
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
@@ -59,7 +62,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             setup.check(hf.num_routed_experts(config))
             if setup.ranks > 1:
                 kwargs["distributed_config"] = _distributed_config(backend, setup)
-                sharding = hf.sharding_by(partial(shard, setup=setup))
+                sharding = hf.sharding_by(partial(shard, setup=setup), partial(plan_experts, ep_size=setup.ep_size))
         try:
             with sharding:
                 loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -71,6 +74,11 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         # output_loading_info=True returns (model, info).
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
         model = accelerate(model, backend=backend, distributed_setup=distributed_setup)
+        hub = {key: kwargs[key] for key in _FILE_KEYWORDS if key in kwargs}
+        known = isinstance(pretrained_model_name_or_path, str | os.PathLike)
+        if known and (kept := passthrough.find(str(pretrained_model_name_or_path), model.config, **hub)):
+            setattr(model, passthrough.KEPT, kept)
+            install_save(model)
         return (model, *info) if info else model
 
     @classmethod
@@ -96,13 +104,15 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         if distributed_setup is None or setup.ranks == 1:
             return accelerate(build(), backend=backend, distributed_setup=distributed_setup)
         distributed_config = _distributed_config(backend, setup)
-        with hf.sharding_by(partial(shard, setup=setup)):
+        with hf.sharding_by(partial(shard, setup=setup), partial(plan_experts, ep_size=setup.ep_size)):
             model = build_sharded(build, partial(hf.distribute, config=distributed_config))
         return accelerate(model, backend=backend, distributed_setup=distributed_setup)
 
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                  "trust_remote_code", "code_revision")  # fmt: skip
+
+_FILE_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def _backend(backend: BackendConfig | Mapping[str, Any] | None, kwargs: dict[str, Any]) -> BackendConfig:

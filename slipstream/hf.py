@@ -27,7 +27,6 @@ from transformers.core_model_loading import (
 )
 from transformers.distributed import DistributedConfig, mixin
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
-from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -56,6 +55,12 @@ def register_experts(name: str, forward: ExpertsForward) -> None:
     ALL_EXPERTS_FUNCTIONS.register(name, forward)
 
 
+def experts_function(name: str) -> ExpertsForward:
+    """What `register_experts` or Transformers itself registered as `name`."""
+    function: ExpertsForward = ALL_EXPERTS_FUNCTIONS[name]
+    return function
+
+
 def register_exchange(name: str, exchange: type[EPImplementation]) -> None:
     """Make `exchange` selectable as `DistributedConfig(ep_implementation=name)`."""
     EPImplementationInterface.register(name, exchange)
@@ -67,17 +72,14 @@ def exchange(name: str) -> type[EPImplementation]:
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The (name, module) pairs of `model` whose forward goes through the experts interface.
-
-    `use_experts_implementation` sets flags on every class that it decorates.
-    """
+    """The (name, module) pairs of `model` whose forward goes through the experts interface."""
     for name, module in model.named_modules():
         if is_experts(module):
             yield name, module
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether `module` is one of those that `experts_modules` gives."""
+    """Whether `module` has the flags that `use_experts_implementation` sets on every class it decorates."""
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
@@ -168,18 +170,18 @@ def distributed_config(setup: Any, ep_implementation: str) -> DistributedConfig:
 
 
 @contextmanager
-def sharding_by(shard: Callable[..., Any]) -> Iterator[None]:
+def sharding_by(shard: Callable[..., Any], plan_experts: Callable[[Any], dict[str, str]]) -> Iterator[None]:
     """Let `shard(model, mesh_manager, fsdp_plan, ep_plan)` apply FSDP2 where Transformers would by itself.
 
-    It is called on the meta device, after expert and tensor parallelism and before the weights are read.
+    It is called on the meta device, after expert and tensor parallelism and before the weights are read. By
+    `plan_experts(model)`, before all of that, experts are split instead of by the architecture's own plan: some have
+    none, and Gemma 4's splits its dense MLP over ranks that have different tokens.
     """
     cls: Any = mixin.DistributedMixin
     original, resolve = mixin.apply_fully_sharded_data_parallelism, cls._resolve_parallel_plans
 
     def resolve_experts(self: Any, config: DistributedConfig) -> Any:
-        # By what the experts are, not by the architecture's own plan: some have none, and Gemma 4's splits its dense
-        # MLP over ranks that have different tokens.
-        if plan := _experts_plan(self):
+        if plan := plan_experts(self):
             self._ep_plan = plan
         return resolve(self, config)
 
@@ -188,18 +190,6 @@ def sharding_by(shard: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         mixin.apply_fully_sharded_data_parallelism, cls._resolve_parallel_plans = original, resolve
-
-
-def _experts_plan(model: nn.Module) -> dict[str, str]:
-    """Each experts module of `model` to exchange tokens, and each parameter with a row an expert to be split."""
-    plan = {}
-    for name, experts in experts_modules(model):
-        layer = replace_layer_number_by_wildcard(name)
-        plan[layer] = "ep_dispatch_experts"
-        for key, parameter in experts.named_parameters(recurse=False):
-            if parameter.ndim > 1 and parameter.shape[0] == experts.num_experts:
-                plan[f"{layer}.{key}"] = "grouped_gemm"
-    return plan
 
 
 def distribute(model: Any, config: DistributedConfig) -> Any:
@@ -310,6 +300,11 @@ def running_loss(trainer: Any) -> torch.Tensor:
     return loss
 
 
+def mark_averaged(parameter: nn.Parameter) -> None:
+    """Tell `Trainer` that something else takes the mean of the gradient over the ranks."""
+    parameter._replicated_grad_hook_registered = True  # type: ignore[attr-defined]
+
+
 def set_batch_size(trainer: Any, size: int) -> None:
     """Let `trainer`, before it trains, take `size` rows a micro-batch."""
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
@@ -366,7 +361,6 @@ class Reversal:
                 return {apply_renamings(name, self._renamings): tensor}
             converter = converter or copy.deepcopy(self._by_pattern[pattern])
             converter.add_tensor(target, name, pattern, tensor)
-        assert converter is not None
         converted = converter.convert(target, model=self._model, config=self._model.config)
         return {
             apply_renamings(name, self._renamings): value[0] if isinstance(value, list) else value

@@ -3,19 +3,30 @@
 Checked against Transformers 5.23.0, each with a test in tests/test_hf_models.py.
 """
 
+import copy
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter
+from transformers.core_model_loading import Concatenate, WeightConverter, convert_and_load_state_dict_in_model
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import MtpLayer
+from transformers.modeling_utils import LoadStateDictConfig
 
 from slipstream import hf
 
+# Classes of experts modules that Transformers calls in ways of their own; see `moe.foreign`.
+LLAMA4_EXPERTS, DBRX_EXPERTS, LONGCAT_EXPERTS = "Llama4TextExperts", "DbrxExperts", "LongcatFlashExperts"
 MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
 
 
@@ -36,6 +47,25 @@ def _causal_lm_class(config: PretrainedConfig) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
+def experts_plan(model: nn.Module) -> dict[str, str]:
+    """Each experts module of `model` to exchange tokens, and its parameters to be split by expert.
+
+    Raises: ValueError for parameters that have not a row an expert.
+    """
+    plan = {}
+    for name, experts in hf.experts_modules(model):
+        layer = replace_layer_number_by_wildcard(name)
+        plan[layer] = "ep_dispatch_experts"
+        rows = {key: parameter.shape[0] for key, parameter in experts.named_parameters() if parameter.ndim > 1}
+        if other := [key for key, count in rows.items() if count != experts.num_experts]:
+            raise ValueError(
+                f"ep_size: {name}.{other[0]} of {type(model).__name__} has {rows[other[0]]} rows for "
+                f"{experts.num_experts} experts and can't be split by expert; leave ep_size out"
+            )
+        plan |= {f"{layer}.{key}": "grouped_gemm" for key in rows}
+    return plan
+
+
 def merged_along_dim0(model: Any) -> set[str]:
     """The parameters outside the experts that loading puts together, along their first dimension, from several tensors
     of the checkpoint format: sharded by it, each rank would read the same part of every one."""
@@ -52,6 +82,53 @@ def merged_along_dim0(model: Any) -> set[str]:
         for name, _ in model.named_parameters()
         if not name.startswith(experts) and any(pattern.search(name) for pattern in merged)
     }
+
+
+def prediction_layers(model: Any, count: int) -> list[nn.Module]:
+    """Modules for multi-token prediction, not initialised: two norms, a projection, a decoder layer with full attention
+    and experts of the kind that `model` has, and a norm."""
+    decoder = model.get_decoder()
+    config = copy.deepcopy(model.config.get_text_config())
+    config.num_hidden_layers = count
+    for name, value in (("layer_types", "full_attention"), ("mlp_layer_types", "sparse")):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, [value] * count)
+    if hasattr(config, "first_k_dense_replace"):
+        config.first_k_dense_replace = 0
+    layer_class, norm_class = type(decoder.layers[-1]), type(decoder.norm)
+    return [MtpLayer(config, layer_class, norm_class, layer) for layer in range(count)]
+
+
+def load_into(model: Any, sources: dict[str, tuple[Path, str]]) -> set[str]:
+    """Read tensors into `model`, converted as its checkpoints are; returns the parameters that got none.
+
+    Args:
+        sources: name as if the checkpoint were of this model -> file and the tensor's name there.
+    """
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path, _ in sources.values()}
+        slices = {name: files[path].get_slice(key) for name, (path, key) in sources.items()}
+        device = next(model.parameters()).device
+        mapping: Any = get_model_conversion_mapping(model)
+        config = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype=model.dtype)
+        info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=slices, load_config=config)
+    if info.mismatched_keys or info.unexpected_keys:
+        odd = sorted(map(str, {*info.mismatched_keys, *info.unexpected_keys}))
+        raise ValueError(f"{odd[0]} does not fit {type(model).__name__}")
+    return set(info.missing_keys)
+
+
+def rotary_embedding(model: Any, hidden_BSH: torch.Tensor, positions_BS: torch.Tensor) -> Any:
+    """What the decoder of `model` gives its layers as `position_embeddings`."""
+    return model.get_decoder().rotary_emb(hidden_BSH, position_ids=positions_BS)
+
+
+def causal_mask(model: Any, hidden_BSH: torch.Tensor, mask: torch.Tensor | None, positions_BS: torch.Tensor) -> Any:
+    """What the decoder of `model` gives its layers with full attention as `attention_mask`."""
+    return create_causal_mask(
+        config=model.config.get_text_config(), inputs_embeds=hidden_BSH, attention_mask=mask, past_key_values=None,
+        position_ids=positions_BS,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import slipstream
-from slipstream.adapters import ALL_EXPERTS, check, with_experts
+from slipstream.adapters import all_experts, check
 from slipstream.compilation import compile_layers
 from tests.tiny_models import tiny_batch, tiny_model
 
@@ -21,9 +21,8 @@ MODELS = ["qwen3_moe", "gpt_oss", "nemotron_h", "mixtral"]
 
 
 def config_for(model: nn.Module, **changes: Any) -> LoraConfig:
-    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **changes})
-    config.target_parameters = ALL_EXPERTS
-    return with_experts(config, model)
+    chosen = {"r": 4, "target_modules": ["q_proj"], "target_parameters": all_experts(model), "init_lora_weights": False}
+    return LoraConfig(**{**chosen, **changes})
 
 
 def adapt(model: nn.Module, seed: int = 0, **changes: Any) -> PeftModel:
@@ -164,16 +163,13 @@ def test_trained_weights_beside_adapters() -> None:
 
 @pytest.mark.parametrize("changes", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
 def test_what_peft_has_only_for_linear_layers_is_refused(changes) -> None:
-    config = LoraConfig(target_parameters=["experts.down_proj"], **changes)
     (name,) = changes
-    with pytest.raises(ValueError, match=f"lora.{name}=.*linear layers only.*leave target_parameters out"):
-        check(config)
+    with pytest.raises(ValueError, match=rf"lora.{name}=.*linear layers only.*experts.down_proj.*name linear layers"):
+        check(LoraConfig(target_parameters=["experts.down_proj"], **changes))
     check(LoraConfig(**changes))
-
-
-def test_a_dense_model_has_no_experts_to_adapt() -> None:
-    with pytest.raises(ValueError, match=r"all-experts.*LlamaForCausalLM has no experts"):
-        config_for(tiny_model("llama", None))
+    # Also where PEFT makes experts of "all-linear".
+    with pytest.raises(ValueError, match="linear layers only"):
+        get_peft_model(pair("qwen3_moe")[1], LoraConfig(target_modules="all-linear", **changes))
 
 
 def test_peft_imported_later_is_told_too() -> None:

@@ -2,9 +2,11 @@
 
 import sys
 
+import pytest
 import torch
 
 from slipstream import hf_models
+from slipstream.moe import foreign
 from tests.tiny_models import tiny_batch, tiny_config, tiny_model
 
 
@@ -13,6 +15,21 @@ def test_what_causal_lm_classes_take() -> None:
     assert found == {"llama": True, "bart": False, "mamba2": False}
     found = {name: hf_models.takes_experts_implementation(tiny_config(name)) for name in ("qwen3_moe", "jetmoe")}
     assert found == {"qwen3_moe": True, "jetmoe": False}
+
+
+def test_experts_are_split_as_their_own_plans_say() -> None:
+    for name in ("qwen3_moe", "gpt_oss", "nemotron_h", "granitemoe"):
+        model = tiny_model(name)
+        found = hf_models.experts_plan(model)
+        assert found
+        assert found.items() <= model.ep_plan.items(), name
+    llama4 = tiny_model("llama4_text", None)
+    assert foreign.adapt(llama4)
+    assert set(hf_models.experts_plan(llama4).values()) == {"ep_dispatch_experts", "grouped_gemm"}
+    dbrx = tiny_model("dbrx", None)
+    assert foreign.adapt(dbrx)
+    with pytest.raises(ValueError, match="leave ep_size out"):
+        hf_models.experts_plan(dbrx)
 
 
 def test_merged_parameters() -> None:

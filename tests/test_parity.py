@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 import slipstream
+from slipstream import hf
 from slipstream.loss import DeferredLogits
 from tests.tiny_models import moe_architectures, tiny_batch, tiny_model
 
@@ -28,7 +29,9 @@ STRICT = [
 ]
 
 # Experts that Transformers does not call through the interface: they load and train as there.
-OUTSIDE = ["llama4_text", "dbrx", "longcat_flash", "jetmoe", "doge"]
+OUTSIDE = ["jetmoe", "doge"]
+# Those whose modules get it here.
+ADAPTED = ["llama4_text", "dbrx", "longcat_flash"]
 
 
 def backward(model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -41,10 +44,10 @@ def backward(model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, torch.Tens
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(model_type: str, floor: float) -> PreTrainedModel:
+def compare(model_type: str, floor: float, **changes: int) -> PreTrainedModel:
     """Largest error of each gradient over its own largest value, or over `floor` x the median of those values where
     that is larger: a gradient far below the others is a difference of larger numbers and carries their rounding."""
-    reference = tiny_model(model_type)
+    reference = tiny_model(model_type, None if model_type in OUTSIDE + ADAPTED else "eager", **changes)
     ours = slipstream.accelerate(copy.deepcopy(reference))
     expected_loss, expected = backward(reference)
     loss, grads = backward(ours)
@@ -75,8 +78,24 @@ def test_every_architecture_of_the_interface(model_type: str, monkeypatch: pytes
     assert (report["experts"].chosen, report["loss"].chosen) == ("slipstream", "fused")
 
 
+@pytest.mark.parametrize(("model_type", "changes"), [
+    *((name, {}) for name in ADAPTED), ("llama4_text", {"num_experts_per_tok": 1}),
+    ("longcat_flash", {"moe_topk": 6}),
+])  # fmt: skip
+def test_adapted_architectures(model_type: str, changes: dict[str, int]) -> None:
+    model = compare(model_type, floor=1.0, **changes)
+    report = slipstream.describe(model)
+    assert (report["experts"].chosen, report["loss"].chosen) == ("slipstream", "fused")
+    before = tiny_model(model_type, None, **changes)
+    assert list(model.state_dict()) == list(before.state_dict())
+    copied = copy.deepcopy(model)
+    assert next(hf.experts_modules(copied))[1].forward.__self__ is next(hf.experts_modules(copied))[1]
+    slow = slipstream.accelerate(before, backend={"experts": "transformers"})
+    assert slipstream.describe(slow)["experts"].chosen == "transformers"
+
+
 @pytest.mark.parametrize("model_type", OUTSIDE)
 def test_architectures_outside_the_interface(model_type: str) -> None:
     report = slipstream.describe(compare(model_type, floor=1.0))
-    assert report["experts"].chosen == "transformers"
+    assert (report["experts"].chosen, report["loss"].chosen) == ("transformers", "fused")
     assert "interface" in report["experts"].why

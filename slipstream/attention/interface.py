@@ -10,6 +10,8 @@ Dims: B rows, S tokens in a row, H heads, G key-value heads, D head width.
 
 import functools
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -193,6 +195,16 @@ def install(model: PreTrainedModel) -> None:
     decoder.register_forward_pre_hook(_enter, with_kwargs=True)
     decoder.register_forward_hook(_leave, always_call=True)
     model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def rows_known(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Let layers of `model` that run outside its decoder know the rows that the decoder was called with."""
+    before = _rows.set(rows_of(inputs) if hf.attention_implementation(model) == NAME else None)
+    try:
+        yield
+    finally:
+        _rows.reset(before)
 
 
 def _enter(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -174,14 +174,20 @@ def _transformers(job: Job, device: torch.device, ranks: int) -> Contender:
 
 
 def _with_adapters(model: Any, rank: int) -> tuple[Any, dict[str, str]]:
-    """PEFT's adapters on all linear layers and all experts of `model`, the same first values on every side, and what to
-    say of them. None starts at zero, so that the first losses show whether the sides compute the same."""
+    """PEFT's adapters on all linear layers but the head and on all experts of `model`, the same first values on every
+    side, and what to say of them. None starts at zero, so that the first losses show whether the sides compute the
+    same."""
     from peft import LoraConfig, get_peft_model
 
     from slipstream.adapters import all_experts
 
+    # By name: "all-linear" doubles the rank of some architectures' experts.
+    head = model.get_output_embeddings()
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and module is not head}  # fmt: skip
     torch.manual_seed(1)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", init_lora_weights=False,
+    linear.discard("out_proj")  # Mamba's, which PEFT refuses
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(linear), init_lora_weights=False,
                         target_parameters=all_experts(model) or None)  # fmt: skip
     model = get_peft_model(model, config)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

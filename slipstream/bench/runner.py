@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,7 @@ def run_job(job: Job, plan: Plan) -> dict[str, Any]:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.options.nproc}"]
     command += ["-m", "slipstream.bench.worker", job.to_json()]
     with tempfile.TemporaryFile("w+") as log:
+        before = _sigterm_raises()
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, text=True, env=_environment(job, plan),
             start_new_session=True,
@@ -93,16 +95,30 @@ def run_job(job: Job, plan: Plan) -> dict[str, Any]:
             hung = True
         finally:
             _stop(process)
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
         log.seek(0)
         lines = log.read().splitlines()
     for line in lines:
         if line.startswith(RESULT) and process.returncode == 0:
             return json.loads(line.removeprefix(RESULT))
-    failures = [json.loads(line.removeprefix(FAILURE)) for line in lines if line.startswith(FAILURE)]
+    # The ranks write to one log at once: behind a line's first message another's may follow.
+    decode = json.JSONDecoder().raw_decode
+    failures = [decode(line.removeprefix(FAILURE))[0] for line in lines if line.startswith(FAILURE)]
     if hung:
         failures.insert(0, f"no result after {plan.timeout_minutes:g} minutes")
     error = failures[0] if failures else f"exit code {process.returncode}"
     return {"error": error.splitlines()[0][:300], "log": "\n".join(lines[-60:])}
+
+
+def _sigterm_raises() -> Any:
+    """From here on SIGTERM runs `finally` clauses: contenders have sessions of their own and would outlive us.
+
+    Returns the handler to put back; None outside the main thread, which alone may change it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

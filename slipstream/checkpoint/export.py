@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from slipstream import hf
+from slipstream.checkpoint import passthrough
 from slipstream.checkpoint.export_plan import (
     Holding,
     Part,
@@ -84,6 +85,8 @@ def export(
 ) -> None:
     """Write `model` as plain Transformers' `save_pretrained` on one process would. Call it on all ranks.
 
+    Tensors for multi-token prediction that the model was loaded without are copied from the checkpoint it came from.
+
     Args:
         model: distributed or not; it stays as it is.
         directory: on a file system that all ranks share; rank 0's counts. Its other files stay.
@@ -101,22 +104,24 @@ def export(
     if hf.holds_adapters_or_quantised(model):
         raise ValueError("export writes plain weights; save adapters or quantised weights with Transformers")
     max_shard_bytes, dtype = _bytes(max_shard_size), _dtype(save_dtype)
-    rank, team = rank_and_ranks()[0], _Team()
+    rank, team = rank_and_ranks()[0], Team()
 
     tensors: dict[str, torch.Tensor] = {}
     held: dict[str, Holding] = {}
     with team:
-        tensors = hf.saved_tensors(model)
+        tensors = passthrough.under_source_names(model, hf.saved_tensors(model))
         held = {name: Holding.of(tensor) for name, tensor in tensors.items()}
     shared = team.share((os.path.abspath(directory), held))
     folder, incomplete = Path(shared[0][0]), Path(shared[0][0]) / INCOMPLETE
 
+    kept: dict[str, Path] = vars(model).get(passthrough.KEPT, {})
     reversal, saved_dtype = hf.Reversal(model), _saved_dtype(model, dtype)
     plan = Plan([], [])
     totals: set[int] = set()
     try:
         with team:
-            plan = make_plan([held for _, held in shared], reversal, saved_dtype, max_shard_bytes, ONE_FILE_BYTES)
+            plan = make_plan([held for _, held in shared], reversal, saved_dtype, max_shard_bytes, ONE_FILE_BYTES,
+                             passthrough.sizes(kept))  # fmt: skip
             if rank == 0:
                 shutil.rmtree(incomplete, ignore_errors=True)
                 incomplete.mkdir(parents=True)
@@ -131,7 +136,10 @@ def export(
         for part, gathered in _gathered(plan, tensors, held, [held for _, held in shared], team):
             with team:
                 if team.error is None:
-                    writer.write(_converted(part, gathered, reversal, saved_dtype))
+                    if part.names:
+                        writer.write(_converted(part, gathered, reversal, saved_dtype))
+                    else:
+                        writer.write((name, passthrough.read(kept, name)) for name in part.outputs)
         with team:
             assert team.error or writer.is_done, "some tensors were not written"
         team.share(None)
@@ -140,12 +148,13 @@ def export(
                 _write_rest(model, incomplete, dtype, plan, names)
                 _publish(incomplete, folder)
         team.share(None)
+        passthrough.follow(model, folder, {key: names[at] for at, (_, keys) in enumerate(plan.shards) for key in keys})
     finally:
         if rank == 0:
             shutil.rmtree(incomplete, ignore_errors=True)
 
 
-class _Team:
+class Team:
     """As a context it keeps this rank's error back until `share`, so that the ranks stay in step and raise together."""
 
     def __init__(self) -> None:
@@ -216,7 +225,7 @@ def _gathered(
     tensors: dict[str, torch.Tensor],
     held: dict[str, Holding],
     holdings: list[dict[str, Holding]],
-    team: _Team,
+    team: Team,
 ) -> Iterator[tuple[Part, dict[str, torch.Tensor]]]:
     """This rank's parts with their tensors. Takes part in the other ranks' gathers meanwhile."""
     rank, _ = rank_and_ranks()
@@ -243,7 +252,7 @@ def _gather_step(
     tensors: dict[str, torch.Tensor],
     held: dict[str, Holding],
     holdings: list[dict[str, Holding]],
-    team: _Team,
+    team: Team,
 ) -> torch.Tensor | None:
     """Send the pieces that the others want in this step, and return the tensor this rank wants, on the CPU.
 

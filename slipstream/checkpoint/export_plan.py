@@ -108,7 +108,7 @@ class Part:
     """What one rank gathers, converts and writes at once.
 
     Attributes:
-        names: the model's tensors.
+        names: the model's tensors; none for one that is copied from another checkpoint.
         rows: of dim 0; None for all.
         outputs: bytes of each of the checkpoint's tensors that come out.
         renamed: from the names that the conversion of these rows alone gives to those of `outputs`, where different.
@@ -149,6 +149,7 @@ def make_plan(
     saved_dtype: Callable[[str, torch.dtype], torch.dtype],
     max_shard_bytes: int,
     one_file_bytes: int,
+    kept: dict[str, int] | None = None,
 ) -> Plan:
     """Distribute the work.
 
@@ -156,6 +157,7 @@ def make_plan(
         holdings: of every rank, what it has of the tensors to save.
         saved_dtype: of a tensor's name and dtype.
         max_shard_bytes: of a file; a tensor that is larger gets its own.
+        kept: bytes of tensors that no rank has, because they are copied from another checkpoint.
         one_file_bytes: a checkpoint up to this size is written by rank 0 alone, into one file.
 
     Raises: ValueError for a tensor that the ranks do not hold completely.
@@ -179,6 +181,7 @@ def make_plan(
             own = set(renamed.values())
             sizes = {name: size for name, size in outputs.items() if name in own}
             parts.append(_part(holdings, unit, (start, stop), sizes, renamed))
+    parts += [Part((), None, {name: size}, {}, {}) for name, size in (kept or {}).items()]
     small = sum(part.nbytes for part in parts) <= min(max_shard_bytes, one_file_bytes)
     # Those with the least choice first; whatever fits anywhere evens out the rest.
     candidates = {id(part): [0] if small else _writers(holdings, part) for part in parts}

@@ -8,6 +8,14 @@ from pathlib import Path
 INCOMPLETE = ".incomplete"  # what is not whole yet: a folder of this name, or one whose name ends so
 # One of these makes a folder hold a model.
 MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "pytorch_model*.bin")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+)
 # Files of an earlier model that a new one replaces, or that would contradict it when it has no such file.
 REPLACED = (
     *MODEL_FILES,
@@ -15,12 +23,7 @@ REPLACED = (
     "pytorch_model*.bin.index.json",
     "adapter_*",
     "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
+    *TOKENIZER_FILES,
 )
 
 

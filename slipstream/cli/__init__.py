@@ -9,6 +9,7 @@ from slipstream.cli.coverage import coverage
 from slipstream.cli.doctor import doctor
 from slipstream.cli.finetune import finetune
 from slipstream.cli.launch import launch
+from slipstream.cli.merge import merge
 from slipstream.cli.plan import plan
 from slipstream.cli.preview import preview
 from slipstream.cli.report import report
@@ -29,6 +30,7 @@ app.command()(preview)
 app.command()(plan)
 app.command()(launch)
 app.command()(report)
+app.command()(merge)
 app.command()(upcycle)
 app.add_typer(bench, name="bench")
 app.command()(coverage)

@@ -114,7 +114,7 @@ def _step(folder: Path, again: Path) -> Cell:
     import slipstream
 
     model = slipstream.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, distributed_setup={"ep_size": RANKS}, experts_implementation="slipstream"
+        folder, dtype=torch.float32, distributed_setup={"ep_size": RANKS}
     )
     loss, grads = loss_and_gradients(model.train(), _batch(dist.get_rank()))
     mean = loss.clone()

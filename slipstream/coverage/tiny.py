@@ -167,7 +167,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ngram_vocab_size_base": 512,
         "num_experts_per_tok": 2,
     },
-    "reformer": {"axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32], "attn_layers": ["local"] * 4},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local"] * 4},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 8,
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention"] * 2,

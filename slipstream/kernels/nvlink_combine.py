@@ -34,7 +34,7 @@ def combine_rows(
     Args:
         idx_TK: what `dispatch_rows` was given.
         rows_RH: or None, for nothing but the handshake that has to follow each dispatch (with `out_TH` None).
-        out_TH: gets the sums, times `scale`, added in the order of a token's experts.
+        out_TH: gets the sums, times `scale`, added in the order of the ranks.
         grads_NK: fp32, a number for each (token, slot) that came; it goes back to the slot's origin, `grads_TK`,
             times `scale`.
         send, receive: only one half of it.
@@ -85,36 +85,37 @@ if HAS_TRITON:
     from slipstream.kernels.nvlink_window import VARYING, at_rank, signal, wait_for
 
     @triton.jit
-    def _next_owner(idx, position, mask, num_local_experts, ranks, low, high):
-        """The ranks of some experts, whether each is its token's first there, and bits of the ranks seen so far."""
-        expert = tl.load(idx + position, mask=mask, other=-1)
-        owner = tl.where(expert < 0, ranks, expert // num_local_experts).to(tl.int32)
-        bit = tl.full(owner.shape, 1, tl.int64) << (owner & 63).to(tl.int64)
-        is_low = owner < 64
-        first = (owner < ranks) & ((tl.where(is_low, low, high) & bit) == 0)
-        low = tl.where(first & is_low, low | bit, low)
-        high = tl.where(first & (owner >= 64), high | bit, high)
-        return owner, first, low, high
+    def _row_from(rows_in, peer, owner, token, most, hidden, column):
+        """What `peer` sent for these tokens, 0 where it has none of their experts."""
+        sent = tl.max((owner == peer).to(tl.int32), 1)[:, None] > 0
+        place = (tl.cast(peer, tl.int64) * most + token) * hidden + column
+        return tl.load(rows_in + place, mask=sent & (column < hidden), other=0.0).to(tl.float32)
 
     @triton.jit(do_not_specialize=VARYING)
     def _combine_kernel(
         y, row, weights, bias, expert, grads_here, idx, out, grads, peers, turns, clock, failed, report, timeout, rank,
-        ranks, count, most, hidden, num_local_experts, num_rows, rows_at, grads_at, scale,
-        S: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, GRADS: tl.constexpr, WEIGHTED: tl.constexpr,
-        BIASED: tl.constexpr, SCALED: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr, TIMED: tl.constexpr,
-        POLLS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, ENTRIES: tl.constexpr,
+        count, most, hidden, num_local_experts, num_rows, rows_at, grads_at, scale,
+        RANKS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, GRADS: tl.constexpr,
+        WEIGHTED: tl.constexpr, BIASED: tl.constexpr, SCALED: tl.constexpr, SEND: tl.constexpr, RECEIVE: tl.constexpr,
+        TIMED: tl.constexpr, POLLS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, ENTRIES: tl.constexpr,
     ):  # fmt: skip
         program, programs = tl.program_id(0), tl.num_programs(0)
+        slots = tl.arange(0, triton.next_power_of_2(K))[None, :]
         fp32_pointer = tl.zeros((), tl.int64).to(tl.pointer_type(tl.float32))
         if SEND:
             if ROWS or GRADS:
                 all_rows = tl.arange(0, triton.next_power_of_2(S))[None, :]
-                slots = tl.arange(0, triton.next_power_of_2(K))[None, :]
                 tiles = tl.cdiv(most, TOKENS)
-                for job in range(program, ranks * tiles, programs):
-                    # From the next rank on, so that the ranks don't all store into the same one, and here last.
-                    peer = (rank + 1 + job // tiles) % ranks
-                    token = (job % tiles * TOKENS + tl.arange(0, TOKENS))[:, None]
+                for job in range(program, RANKS * tiles, programs):
+                    # Each program goes round the ranks, itself among them, so that links and memory are busy together.
+                    tile = job // RANKS
+                    peer = (rank + job + tile * RANKS // programs) % RANKS
+                    # One-dimensional where a token has one number: with a second dimension of size 1 each thread would
+                    # load it as often as it has columns.
+                    token_T = tile * TOKENS + tl.arange(0, TOKENS)
+                    valid_T = token_T < most
+                    first_T = (peer * most + token_T) * S
+                    token = token_T[:, None]
                     valid = token < most
                     came = peer * most + token
                     place = tl.cast(rank, tl.int64) * most + token
@@ -129,41 +130,41 @@ if HAS_TRITON:
                             column = start + tl.arange(0, BLOCK)[None, :]
                             total = tl.zeros((TOKENS, BLOCK), tl.float32)
                             for slot in tl.static_range(S):
-                                source = tl.load(row + came * S + slot, mask=valid, other=num_rows).to(tl.int64)
+                                source = tl.load(row + first_T + slot, mask=valid_T, other=num_rows)
+                                source = source[:, None].to(tl.int64)
                                 mask = (source < num_rows) & (column < hidden)
                                 values = tl.load(y + source * hidden + column, mask=mask, other=0.0).to(tl.float32)
                                 if BIASED:
-                                    of = tl.load(expert + came * S + slot, mask=valid, other=0).to(tl.int64)
+                                    of = tl.load(expert + first_T + slot, mask=valid_T, other=0)[:, None].to(tl.int64)
                                     values += tl.load(bias + of * hidden + column, mask=mask, other=0.0).to(tl.float32)
                                 if WEIGHTED:
-                                    weight = tl.load(weights + came * S + slot, mask=valid, other=0.0)
-                                    values *= weight.to(tl.float32)
+                                    weight = tl.load(weights + first_T + slot, mask=valid_T, other=0.0)
+                                    values *= weight[:, None].to(tl.float32)
                                 total += values
                             target = at_rank(peers, peer, rows_at, out) + place * hidden + column
                             tl.store(target, total.to(out.dtype.element_ty), mask=here & (column < hidden))
-            signal(peers, rank, ranks, 1)
+            signal(peers, rank, RANKS, 1)
         if RECEIVE:
             turn = tl.load(turns + programs + program) + 1
-            for step in range(ranks):
-                source = (rank + step) % ranks
-                wait_for(peers, rank, ranks, source, turn * programs, clock, failed, report, timeout, 1, TIMED, POLLS)
+            for step in range(RANKS):
+                source = (rank + step) % RANKS
+                wait_for(peers, rank, source, turn * programs, clock, failed, report, timeout, 1, TIMED, POLLS)
             if ROWS:
                 rows_in = at_rank(peers, rank, rows_at, out)
                 for tile in range(program, tl.cdiv(count, TOKENS), programs):
                     token = (tile * TOKENS + tl.arange(0, TOKENS))[:, None]
                     valid = token < count
+                    expert_id = tl.load(idx + token * K + slots, mask=valid & (slots < K), other=-1)
+                    owner = tl.where(expert_id < 0, -1, expert_id // num_local_experts).to(tl.int32)
                     for start in range(0, hidden, BLOCK):
                         column = start + tl.arange(0, BLOCK)[None, :]
                         total = tl.zeros((TOKENS, BLOCK), tl.float32)
-                        low = tl.zeros((TOKENS, 1), tl.int64)
-                        high = low
-                        for slot in tl.static_range(K):
-                            owner, first, low, high = _next_owner(
-                                idx, token * K + slot, valid, num_local_experts, ranks, low, high
-                            )
-                            place = (owner.to(tl.int64) * most + token) * hidden + column
-                            mask = first & (column < hidden)
-                            total += tl.load(rows_in + place, mask=mask, other=0.0).to(tl.float32)
+                        if RANKS <= 8:  # all loads under way at once
+                            for peer in tl.static_range(RANKS):
+                                total += _row_from(rows_in, peer, owner, token, most, hidden, column)
+                        else:
+                            for peer in range(RANKS):
+                                total += _row_from(rows_in, peer, owner, token, most, hidden, column)
                         if SCALED:
                             total *= scale
                         place = token.to(tl.int64) * hidden + column
@@ -173,9 +174,9 @@ if HAS_TRITON:
                 for job in range(program, tl.cdiv(count * K, ENTRIES), programs):
                     entry = job * ENTRIES + tl.arange(0, ENTRIES)
                     inside = entry < count * K
-                    expert_id = tl.load(idx + entry, mask=inside, other=-1)
-                    owner = tl.where(expert_id < 0, ranks, expert_id // num_local_experts)
-                    grad = tl.load(grads_in + owner * most * K + entry, mask=inside & (owner < ranks), other=0.0)
+                    of = tl.load(idx + entry, mask=inside, other=-1)
+                    origin = tl.where(of < 0, RANKS, of // num_local_experts)
+                    grad = tl.load(grads_in + origin * most * K + entry, mask=inside & (origin < RANKS), other=0.0)
                     if SCALED:
                         grad *= scale
                     tl.store(grads + entry, grad.to(grads.dtype.element_ty), mask=inside)

@@ -86,11 +86,11 @@ if HAS_TRITON:
 
     @triton.jit(do_not_specialize=VARYING)
     def _dispatch_kernel(
-        x, idx, weights, rows, idx_here, weights_here, peers, turns, clock, failed, report, timeout, rank, ranks,
+        x, idx, weights, rows, idx_here, weights_here, peers, turns, clock, failed, report, timeout, rank,
         count, most, hidden, num_local_experts, rows_at, ids_at, weights_at, scale,
-        K: tl.constexpr, ROUTES: tl.constexpr, COPIES: tl.constexpr, SCALED: tl.constexpr, SEND: tl.constexpr,
-        RECEIVE: tl.constexpr, TIMED: tl.constexpr, POLLS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
-        ENTRIES: tl.constexpr,
+        RANKS: tl.constexpr, K: tl.constexpr, ROUTES: tl.constexpr, COPIES: tl.constexpr, SCALED: tl.constexpr,
+        SEND: tl.constexpr, RECEIVE: tl.constexpr, TIMED: tl.constexpr, POLLS: tl.constexpr, BLOCK: tl.constexpr,
+        TOKENS: tl.constexpr, ENTRIES: tl.constexpr,
     ):  # fmt: skip
         program, programs = tl.program_id(0), tl.num_programs(0)
         slots = tl.arange(0, triton.next_power_of_2(K))[None, :]
@@ -110,8 +110,8 @@ if HAS_TRITON:
                         values = values.to(tl.float32) * scale
                     values = values.to(rows.dtype.element_ty)
                     place = (first_row + token) * hidden + column
-                    for step in range(ranks):
-                        peer = (rank + 1 + step) % ranks  # so that the ranks don't all store into the same one
+                    for step in range(RANKS):
+                        peer = (rank + 1 + step) % RANKS  # so that the ranks don't all store into the same one
                         goes = tl.max((owner == peer).to(tl.int32), 1)[:, None] > 0
                         if peer == rank:
                             tl.store(rows + place, values, mask=inside & goes)
@@ -119,9 +119,9 @@ if HAS_TRITON:
                             tl.store(at_rank(peers, peer, rows_at, rows) + place, values, mask=inside & goes)
             if ROUTES:
                 entries = count * K
-                for job in range(program, tl.cdiv(entries, ENTRIES) * ranks, programs):
-                    peer = job % ranks
-                    entry = job // ranks * ENTRIES + tl.arange(0, ENTRIES)
+                for job in range(program, tl.cdiv(entries, ENTRIES) * RANKS, programs):
+                    peer = job % RANKS
+                    entry = job // RANKS * ENTRIES + tl.arange(0, ENTRIES)
                     inside = entry < entries
                     local = (tl.load(idx + entry, mask=inside, other=0) - peer * num_local_experts).to(tl.int32)
                     local = tl.where((local >= 0) & (local < num_local_experts), local, num_local_experts)
@@ -129,14 +129,14 @@ if HAS_TRITON:
                     tl.store(at_rank(peers, peer, ids_at, int32_pointer) + place, local, mask=inside)
                     weight = tl.load(weights + entry, mask=inside, other=0.0).to(tl.float32)
                     tl.store(at_rank(peers, peer, weights_at, fp32_pointer) + place, weight, mask=inside)
-                for peer in range(program, ranks, programs):
+                for peer in range(program, RANKS, programs):
                     tl.store(at_rank(peers, peer, COUNTS_AT, int32_pointer) + rank, count)
-            signal(peers, rank, ranks, 0)
+            signal(peers, rank, RANKS, 0)
         if RECEIVE:
             turn = tl.load(turns + program) + 1
-            for step in range(ranks):
-                source = (rank + step) % ranks
-                wait_for(peers, rank, ranks, source, turn * programs, clock, failed, report, timeout, 0, TIMED, POLLS)
+            for step in range(RANKS):
+                source = (rank + step) % RANKS
+                wait_for(peers, rank, source, turn * programs, clock, failed, report, timeout, 0, TIMED, POLLS)
                 source_row = tl.cast(source, tl.int64) * most
                 tokens = most
                 ids = idx_here + source_row * K

@@ -99,7 +99,7 @@ class Window:
     def arguments(self) -> tuple[Any, ...]:
         """What both kernels take, in their order."""
         return (
-            self.peers, self.turns, self.clock, self.failed, self.report, self.timeout, self.rank, self.ranks,
+            self.peers, self.turns, self.clock, self.failed, self.report, self.timeout, self.rank,
         )  # fmt: skip
 
     def constants(self, at: Layout) -> dict[str, Any]:
@@ -107,6 +107,7 @@ class Window:
         block = min(_ELEMENTS, 1 << (at.hidden - 1).bit_length())
         cuda = self.peers.is_cuda
         return {
+            "RANKS": self.ranks,
             "TIMED": cuda,
             "POLLS": _POLLS if cuda else 1,
             "BLOCK": block,
@@ -149,7 +150,7 @@ if HAS_TRITON:
 
     @triton.jit
     def wait_for(
-        peers, rank, ranks, source, target, clock, failed, report, timeout,
+        peers, rank, source, target, clock, failed, report, timeout,
         KIND: tl.constexpr, TIMED: tl.constexpr, POLLS: tl.constexpr,
     ):  # fmt: skip
         """Until all programs of `source` have signalled, or `timeout` has passed here or in an earlier wait.

@@ -12,6 +12,7 @@ import torch
 
 from slipstream import hf
 from slipstream.kernels.expert_activation import Activation
+from slipstream.moe import foreign
 from slipstream.moe.activation import activation_name, function_named, own_function
 from slipstream.moe.grouped_mlp import grouped_mlp, grouped_mlp_autograd
 from slipstream.moe.lora import LowRank
@@ -57,10 +58,10 @@ def experts_forward(
         post_norm = experts.post_expert_norm if experts.has_post_expert_norm else None
         mlp, activation = partial(grouped_mlp_autograd, post_norm=post_norm), own_function(experts)
     up, down, up_bias, down_bias = projections(experts)
-    adapters: Adapters | None = getattr(experts, ADAPTERS, None)
+    lora: Adapters | None = getattr(experts, ADAPTERS, None)
     up_lora, down_lora = None, None
-    if adapters is not None:
-        up_lora, down_lora = (adapters(name, up.dtype) for name in projection_names(experts))
+    if lora is not None:
+        up_lora, down_lora = (lora(name, up.dtype) for name in projection_names(experts))
     return mlp(
         x_TH, weights_TK, idx_TK, up, down, activation, up_bias_EN=up_bias, down_bias_EH=down_bias, num_rows=num_rows,
         up_lora=up_lora, down_lora=down_lora,
@@ -79,6 +80,10 @@ def projection_names(experts: Any) -> tuple[str, str]:
 
 def projections(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Up and down as `[E, in, out]` views in the dtype to compute in, and their biases."""
+    own = foreign.own_projections(experts)
+    if own is not None:
+        up, down = (_in_out(weight.to(compute_dtype(weight)), experts) for weight in own)
+        return up, down, None, None
     up_name, _ = projection_names(experts)
     up = getattr(experts, up_name)
     dtype = compute_dtype(up)

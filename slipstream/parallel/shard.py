@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from slipstream import hf, hf_models
 from slipstream.moe.dispatch import GRADIENT_DIVISOR
+from slipstream.moe.foreign import adapt
 from slipstream.parallel.setup import DistributedSetup
 
 Plan = dict[str, str]
@@ -53,6 +54,12 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
     fully_shard(model, mesh=mesh, **policies)
     hf.mark_fsdp_managed(model)
     return model
+
+
+def plan_experts(model: Any, ep_size: int) -> Plan:
+    """How the experts of a model on the meta device are split: name -> style; empty where `ep_size` is 1."""
+    adapt(model)
+    return hf_models.experts_plan(model) if ep_size > 1 else {}
 
 
 def _stay_put(setup: DistributedSetup) -> bool:

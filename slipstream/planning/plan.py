@@ -12,13 +12,13 @@ from transformers import AutoConfig, PretrainedConfig
 from slipstream import hf
 from slipstream.bench.presets import PRESETS, build_config
 from slipstream.parallel.setup import CHECKPOINTING, DistributedSetup
-from slipstream.planning.activations import Shape, model_shape
+from slipstream.planning.activations import Linear, Shape, model_shape
 from slipstream.planning.flops import ForwardFlops, Parameters, count_parameters, forward_flops
 from slipstream.planning.gpus import PER_HOST, Gpu
 from slipstream.planning.memory import Layout, Memory, step_memory
 from slipstream.planning.speed import StepTime, step_time
 from slipstream.train.checks import build_from_config
-from slipstream.train.recipe import DEFAULT_MAX_LENGTH, ModelSection, Recipe
+from slipstream.train.recipe import ALL_EXPERTS, DEFAULT_MAX_LENGTH, LoraSection, ModelSection, Recipe
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _MOST_GPUS = 4096
@@ -87,7 +87,7 @@ def make_plan(recipe: Recipe, gpus: int, gpu: Gpu) -> Plan:
     layout = layout_of(recipe, config, gpus, notes)
     model = describe_model(recipe.model.name_or_path or recipe.model.config or "", config, layout.seq_len)
     if recipe.lora is not None:
-        model = dataclasses.replace(model, shape=_adapted(model.shape, recipe.lora.target_modules))
+        model = dataclasses.replace(model, shape=_adapted(model.shape, recipe.lora))
     return dataclasses.replace(plan_layout(model, layout, gpu), notes=tuple(notes))
 
 
@@ -205,14 +205,22 @@ def layout_of(recipe: Recipe, config: PretrainedConfig, gpus: int, notes: list[s
     return layout
 
 
-def _adapted(shape: Shape, targets: str | list[str]) -> Shape:
-    """`shape` with only those linear layers that LoRA adapts, by PEFT's rules for `target_modules`."""
+def _adapted(shape: Shape, lora: LoraSection) -> Shape:
+    """`shape` with only those linear layers that LoRA adapts, by PEFT's rules for `target_modules`; a layer's adapted
+    experts count as one of them."""
+    targets = lora.target_modules
     if targets == "all-linear":
-        return shape
-    if isinstance(targets, str):
+        kept = list(shape.linears)
+    elif isinstance(targets, str):
         kept = [linear for linear in shape.linears if re.fullmatch(targets, linear.name)]
     else:
         kept = [linear for linear in shape.linears if any(("." + linear.name).endswith("." + end) for end in targets)]
+    parameters = lora.target_parameters or ()
+    for number, layer in enumerate(shape.layers):
+        experts = layer.experts
+        for name, inputs, outputs in (("up", experts.hidden, experts.up), ("down", experts.inner, experts.hidden)):
+            if parameters == ALL_EXPERTS or any(f"{name}_proj" in given for given in parameters):
+                kept.append(Linear(f"{number}.experts.{name}_proj", experts.number * inputs, experts.number * outputs))
     if not kept:
         raise ValueError(f"lora.target_modules={targets}: matches no linear layer of the model")
     return dataclasses.replace(shape, linears=tuple(kept))

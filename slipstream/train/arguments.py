@@ -12,7 +12,15 @@ from slipstream.train.recipe import AUTO, Recipe
 # Our optimizers' names in a recipe, and how they round.
 ROUNDINGS = {"slipstream_adamw": "stochastic", "slipstream_adamw_master": "master"}
 # What of a recipe's `train` is not TRL's.
-OURS = ("z_loss", "global_batch_size", "router_bias_update_rate", "freeze_router", "on_bad_step", "max_loss_spike")
+OURS = (
+    "z_loss",
+    "global_batch_size",
+    "router_bias_update_rate",
+    "freeze_router",
+    "mtp_loss_weight",
+    "on_bad_step",
+    "max_loss_spike",
+)
 
 
 def training_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:

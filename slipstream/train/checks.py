@@ -5,16 +5,18 @@ import json
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 
+from slipstream import adapters
 from slipstream.bench.presets import PRESETS, build_config
 from slipstream.hf import num_routed_experts
 from slipstream.parallel.setup import DistributedSetup
 from slipstream.train.byte_tokenizer import NAME as BYTES
 from slipstream.train.byte_tokenizer import byte_tokenizer
-from slipstream.train.recipe import DEFAULT_MAX_LENGTH, ModelSection, Recipe
+from slipstream.train.recipe import ALL_EXPERTS, DEFAULT_MAX_LENGTH, LoraSection, ModelSection, Recipe
 
 OWN_OPTIMIZERS = ("slipstream_adamw", "slipstream_adamw_master")
 INDEX_NAME = "model.safetensors.index.json"
@@ -97,6 +99,25 @@ def check_experts(setup: DistributedSetup, config: PreTrainedConfig) -> None:
     experts = num_routed_experts(config)
     if setup.ep_size > 1 and (experts is None or experts % setup.ep_size):
         check_setup(setup, config)
+
+
+def lora_config(section: LoraSection | None, config: PreTrainedConfig) -> LoraConfig | None:
+    """PEFT's config of the recipe's `lora`; its "all-experts" is spelled out once there is a model.
+
+    Raises: ValueError when the model has no experts, or PEFT not that setting for them.
+    """
+    if section is None:
+        return None
+    values = section.model_dump()
+    if section.target_parameters == ALL_EXPERTS:
+        if num_routed_experts(config) is None:
+            raise ValueError(
+                f"lora.target_parameters={ALL_EXPERTS!r}: {type(config).__name__} describes a dense model; leave it out"
+            )
+        values["target_parameters"] = [ALL_EXPERTS]
+    made = LoraConfig(task_type="CAUSAL_LM", **values)
+    adapters.check(made)
+    return made
 
 
 def check_setup(setup: DistributedSetup, config: PreTrainedConfig) -> None:

@@ -18,6 +18,7 @@ from slipstream.parallel.setup import CHECKPOINTING, DTYPES, STRATEGIES, Distrib
 DEFAULT_MAX_LENGTH = 2048  # tokens; the model's own limit when that is smaller
 DEFAULT_BATCH_SIZE = 8
 AUTO = "auto"
+ALL_EXPERTS = "all-experts"
 # The keys of sections that another class validates.
 BACKEND_KEYS = tuple(field.name for field in dataclasses.fields(BackendConfig))
 DISTRIBUTED_KEYS = tuple(field.name for field in dataclasses.fields(DistributedSetup))
@@ -233,6 +234,12 @@ class TrainSection(Section):
     )
     freeze_router: bool = Field(False, description="Train everything but the routers of an MoE.")
     z_loss: float = Field(0.0, ge=0, description="Coefficient of logsumexp(logits)², which keeps them small; try 1e-4.")
+    mtp_loss_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Trains the checkpoint's modules for multi-token prediction too (DeepSeek-V3, GLM-4.5, "
+        "Qwen3-Next), their loss times this added; try 0.1. Without it they are saved as they came.",
+    )
     on_bad_step: Literal["stop", "skip", "ignore"] = Field(
         "stop",
         description="What to do about a loss or gradient that is not finite, or a jump of the loss, before the update "
@@ -262,7 +269,15 @@ class LoraSection(Section):
     r: int = Field(16, gt=0)
     lora_alpha: float = Field(32, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = Field("all-linear", description="PEFT says which experts that includes.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="PEFT says what that includes; of some architectures experts and routers too."
+    )
+    target_parameters: Literal["all-experts"] | list[str] | None = Field(
+        None, description="Ends of parameters' names, such as experts.down_proj; or 'all-experts'."
+    )
+    exclude_modules: str | list[str] | None = None
+    rank_pattern: dict[str, int] = Field({}, description="Name -> a rank of its own.")
+    alpha_pattern: dict[str, float] = Field({}, description="Name -> a lora_alpha of its own.")
     modules_to_save: list[str] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
@@ -329,6 +344,13 @@ class Recipe(Section):
     def _streams_end(self) -> "Recipe":
         if self.data.streaming and self.train.max_steps < 1:
             raise ValueError("data.streaming: the number of rows is not known; set train.max_steps")
+        return self
+
+    @model_validator(mode="after")
+    def _trains_predictions_whole(self) -> "Recipe":
+        if self.train.mtp_loss_weight and (self.lora or self.distributed):
+            other = "lora" if self.lora else "distributed"
+            raise ValueError(f"train.mtp_loss_weight does not go together with {other} yet; leave one out")
         return self
 
     @model_validator(mode="after")

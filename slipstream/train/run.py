@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from slipstream import AutoModelForCausalLM, DistributedSetup
+from slipstream import AutoModelForCausalLM, DistributedSetup, train_mtp
+from slipstream.adapters import all_experts
 from slipstream.checkpoint.output import INCOMPLETE, check_output_folder, holds_model, publish
 from slipstream.checkpoint.resume import Checkpointer, checkpoint_name, read_info
 from slipstream.report.page import write_report
@@ -21,12 +22,12 @@ from slipstream.report.records import METRICS_FILE, RECIPE_FILE
 from slipstream.train.arguments import own_optimizer, training_arguments
 from slipstream.train.batch_size import find_batch_size
 from slipstream.train.callbacks import MetricsFile, metrics_until
-from slipstream.train.checks import check_experts, check_setup, load_config_and_tokenizer, resolve
+from slipstream.train.checks import check_experts, check_setup, load_config_and_tokenizer, lora_config, resolve
 from slipstream.train.data import TokenizedData, load_data
 from slipstream.train.guards import BadStepError, StepGuard
 from slipstream.train.packing import check_packing
 from slipstream.train.progress import ProgressReport
-from slipstream.train.recipe import AUTO, Recipe
+from slipstream.train.recipe import ALL_EXPERTS, AUTO, Recipe
 from slipstream.train.recipe_file import dump_recipe
 from slipstream.train.record import write_records
 from slipstream.train.resume import (
@@ -107,6 +108,8 @@ def run(
         return None
     agree(prepared.checkpoint)
     model = load_model(prepared)
+    if prepared.lora and prepared.lora.target_parameters == [ALL_EXPERTS]:
+        prepared.lora.target_parameters = all_experts(model)
     output = Path(prepared.recipe.train.output_dir)
     section, timeout = prepared.recipe.checkpoint, collective_timeout(prepared.recipe, prepared.arguments)
     checkpointer = Checkpointer(output / CHECKPOINTS, section.save_total_limit, timeout)
@@ -227,7 +230,7 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
     assert recipe.data.max_length is not None
     data = load_data(recipe.data, tokenizer, recipe.data.max_length, config.get_text_config().vocab_size)
     data.notes[:0] = notes
-    lora = LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()) if recipe.lora else None
+    lora = lora_config(recipe.lora, config)
     checkpoint = find_checkpoint(recipe, data.counts, overwrite)
     arguments = training_arguments(recipe, data.eval is not None)
     if checkpoint is not None and (note := keep_rows_per_step(checkpoint, recipe, arguments)):
@@ -253,6 +256,8 @@ def load_model(prepared: Prepared) -> PreTrainedModel:
             f"model.name_or_path: {name} lacks {len(missing)} of the model's weights ({', '.join(missing[:3])}"
             f"{', …' if len(missing) > 3 else ''}), which would start out random; use a complete checkpoint"
         )
+    if weight := prepared.recipe.train.mtp_loss_weight:
+        train_mtp(model, weight)
     return model
 
 

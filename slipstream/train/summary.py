@@ -75,7 +75,8 @@ def print_trainable(model: nn.Module, console: Console) -> None:
     frozen = not experts and any(".experts." in name for name, _, _ in sizes)
     console.print(
         f"LoRA: {trainable:,} of {sum(size for _, size, _ in sizes):,} parameters train"
-        f"{', experts included' * experts}{', experts stay frozen' * frozen}"
+        f"{', experts included' * experts}"
+        f"{', experts stay frozen (lora.target_parameters=all-experts adapts them)' * frozen}"
     )
 
 

@@ -1,6 +1,10 @@
 """The code that a worker process runs, here in this one."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,3 +137,26 @@ def test_a_job_travels_as_text() -> None:
         True,
     )
     assert Job.from_json(job.to_json()) == job
+
+
+def test_a_stopped_bench_leaves_no_process_behind(tmp_path: Path) -> None:
+    """The contender has a session of its own: on a GPU it would go on and keep the memory."""
+    flags = ["--tiny", "--device", "cpu", "--seq-len", "64", "--layers", "2", "--rivals", "", "--gate", "learned"]
+    flags += ["--steps", "100000", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "slipstream.cli", "bench", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (workers := children(process.pid)):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+        assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    finally:
+        process.kill()
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

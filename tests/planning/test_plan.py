@@ -114,6 +114,10 @@ def test_lora() -> None:
     assert {linear.name.rpartition(".")[2] for linear in some.model.shape.linears} == {"q_proj", "v_proj"}
     assert some.given.memory.gradients_gib < every.given.memory.gradients_gib
     assert some.given.time.step_ms < plan().given.time.step_ms
+    experts = plan(lora={"r": 8, "target_modules": [], "target_parameters": "all-experts"}).model.shape
+    (up, down) = experts.linears[:2]
+    assert (up.inputs, up.outputs, down.inputs, down.outputs) == (128 * 2048, 128 * 1536, 128 * 768, 128 * 2048)
+    assert len(experts.linears) == 2 * len(experts.layers)
     with pytest.raises(ValueError, match="matches no linear layer"):
         plan(lora={"target_modules": ["nothing"]})
 

@@ -92,7 +92,8 @@ class Peers:
         (pages,) = self._shared([2 * self.ranks * 8])
         self._board = memoryview(pages).cast("q")
         cuda = device.type == "cuda"
-        self.report = torch.zeros(1, dtype=torch.int32, pin_memory=cuda)
+        # device, as with the others: this may run under a `with torch.device("cuda")`.
+        self.report = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=cuda)
         self._lost = self.report.numpy()
         self.area = torch.empty(0, dtype=torch.uint8, device=device)
         self.window = Window(
@@ -233,7 +234,7 @@ class Peers:
             self.area = self._handle[self.rank]
             addresses = [area.data_ptr() for area in self._handle]
         self._half = half
-        self.window.peers.copy_(torch.tensor(addresses, dtype=torch.int64))
+        self.window.peers.copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
         self.window.turns.zero_()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -266,7 +267,7 @@ def _local_facts(device: torch.device) -> tuple[str, list[str], int]:
         RuntimeError: no GPU, nor interpreted kernels.
     """
     if device.type != "cuda":
-        if not runs_on(torch.empty(0)):
+        if not runs_on(torch.empty(0, device="cpu")):
             raise RuntimeError("stores into other ranks' memory need GPUs; use dispatcher='all_to_all'")
         return f"cpu {os.getpid()}", [], _INTERPRETED_PROGRAMS
     if not runs_on(torch.empty(0, device=device)):

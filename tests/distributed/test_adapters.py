@@ -1,0 +1,190 @@
+"""LoRA adapters on experts that are spread over ranks, against one process."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.tensor import DTensor
+
+import slipstream
+from slipstream import clip_grad_norm_, hf
+from slipstream.adapters import all_experts
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_training import compare, full, train
+from tests.tiny_models import tiny_batch, tiny_model
+
+SETUPS = {
+    "ep 2": (2, {"ep_size": 2}),
+    "fsdp 2": (2, {}),
+    "fsdp 4, ep 2": (4, {"ep_size": 2}),
+    "2 replicas, ep 2": (4, {"ep_size": 2, "dp_replicate": 2}),
+    "ep 2, all_gather, checkpointing": (2, {"ep_size": 2, "activation_checkpointing": "full"}),
+}
+
+
+def adapt(model: Any, **changes: Any) -> Any:
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False,
+                           "target_parameters": all_experts(model), **changes})  # fmt: skip
+    return get_peft_model(model, config)
+
+
+def trained(model: Any, *of: Any) -> Any:
+    """What `train` returns, of what trains alone."""
+    losses, norms, grads, weights = train(model, clip_grad_norm_, *of)
+    return losses, norms, grads, {name: weights[name] for name in grads}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function: a tiny checkpoint, and an adapter beside it that plain PEFT made on plain Transformers."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(model_type: str) -> tuple[Path, Path]:
+        base, adapter = root / model_type, root / f"{model_type}-adapter"
+        if not base.exists():
+            model = tiny_model(model_type, "grouped_mm")
+            model.save_pretrained(base)
+            torch.manual_seed(3)
+            adapt(model).save_pretrained(adapter)
+        return base, adapter
+
+    return make
+
+
+def load(base: Path, adapter: Path | None, setup: dict[str, Any] | None) -> Any:
+    model = slipstream.AutoModelForCausalLM.from_pretrained(base, distributed_setup=setup).train()
+    if adapter is None:
+        torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # what they draw differs
+        return adapt(model)
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def worker(base: Path, adapter: Path, setup: dict[str, Any], out: Path) -> Any:
+    model = load(base, adapter, setup)
+    experts = {name: p for name, p in model.named_parameters() if p.requires_grad and ".experts." in name}
+    assert experts
+    for name, parameter in experts.items():
+        assert isinstance(parameter, DTensor), name
+        ranks = dist.get_world_size() // setup.get("dp_replicate", 1)
+        assert parameter.to_local().numel() * ranks == parameter.numel()
+    result = trained(model, dist.get_rank(), dist.get_world_size())
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    model.save_pretrained(out)
+    return result
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_three_clipped_steps_and_the_saved_adapter(folders: Any, name: str, tmp_path: Path) -> None:
+    base, adapter = folders("qwen3_moe")
+    ranks, setup = SETUPS[name]
+    expected = trained(load(base, adapter, None))
+    got = run_ranks(worker, ranks, base, adapter, setup, tmp_path / "saved")
+    for result in got:
+        compare(result, expected)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    plain = PeftModel.from_pretrained(tiny_model_at(base), tmp_path / "saved")
+    for key, parameter in plain.named_parameters():
+        if key in expected[3]:
+            torch.testing.assert_close(parameter, expected[3][key], rtol=1e-4, atol=1e-5)
+
+
+def tiny_model_at(base: Path) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(base)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "nemotron_h"])
+def test_other_flavours(folders: Any, model_type: str, tmp_path: Path) -> None:
+    base, adapter = folders(model_type)
+    expected = trained(load(base, adapter, None))
+    compare(run_ranks(worker, 2, base, adapter, {"ep_size": 2}, tmp_path / "saved")[0], expected)
+
+
+def new_adapter(base: Path, out: Path) -> torch.Tensor:
+    model = load(base, None, {"ep_size": 2})
+    model.save_pretrained(out)
+    with torch.no_grad():
+        return model(input_ids=tiny_batch(2, 16)).logits + 0
+
+
+def test_ranks_that_draw_differently_train_one_adapter(folders: Any, tmp_path: Path) -> None:
+    base, _ = folders("qwen3_moe")
+    logits = run_ranks(new_adapter, 2, base, tmp_path / "saved")
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(tiny_model_at(base), tmp_path / "saved")(
+            input_ids=tiny_batch(2, 16)
+        ).logits
+    for found in logits:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def gathered(base: Path, adapter: Path, out: Path) -> tuple[int, int]:
+    """How many tensors were made whole while saving, and how many of the adapters' are spread."""
+    model = load(base, adapter, {"ep_size": 2})
+    spread = sum(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
+    calls: list[None] = []
+    original = DTensor.full_tensor
+
+    def counted(self: DTensor, **kwargs: Any) -> torch.Tensor:
+        calls.append(None)
+        return original(self, **kwargs)
+
+    DTensor.full_tensor = counted  # type: ignore[method-assign]
+    model.save_pretrained(out)
+    return len(calls), spread
+
+
+def test_saving_gathers_no_base_weight(folders: Any, tmp_path: Path) -> None:
+    base, adapter = folders("qwen3_moe")
+    assert run_ranks(gathered, 2, base, adapter, tmp_path / "saved") == [(16, 16)] * 2
+
+
+def unwritable(base: Path, adapter: Path, out: Path) -> str:
+    model = load(base, adapter, {"ep_size": 2})
+    if dist.get_rank() == 0:
+        peft.peft_model.safe_save_file = lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no space left"))
+    with pytest.raises(RuntimeError, match="saving the model failed") as error:
+        model.save_pretrained(out)
+    return str(error.value)
+
+
+def test_ranks_fail_together(folders: Any, tmp_path: Path) -> None:
+    base, adapter = folders("qwen3_moe")
+    said = run_ranks(unwritable, 2, base, adapter, tmp_path / "saved")
+    assert said == ["saving the model failed on rank 0: OSError: no space left"] * 2
+
+
+def refused(base: Path) -> str:
+    model = slipstream.AutoModelForCausalLM.from_pretrained(base, distributed_setup={"ep_size": 2})
+    with pytest.raises(ValueError, match="spread over ranks") as error:
+        get_peft_model(model, LoraConfig(target_modules=[], target_parameters=["experts.down_proj_bias"]))
+    return str(error.value)
+
+
+def test_biases_of_spread_experts_are_refused(folders: Any) -> None:
+    base, _ = folders("gpt_oss")
+    assert all("leave it out of target_parameters" in said for said in run_ranks(refused, 2, base))
+
+
+def all_linear(base: Path) -> tuple[float, int]:
+    """ "all-linear", which PEFT takes to include experts and routers of this architecture."""
+    model = slipstream.AutoModelForCausalLM.from_pretrained(base, distributed_setup={"ep_size": 2}).train()
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    assert [*hf.experts_modules(model)]
+    adapted(input_ids=tiny_batch(2, 16), labels=tiny_batch(2, 16)).loss.backward()
+    grads = [full(p.grad) for p in adapted.parameters() if p.requires_grad]
+    return float(torch.stack([grad.norm() for grad in grads]).norm()), len(grads)
+
+
+def test_all_linear(folders: Any) -> None:
+    base, _ = folders("qwen3_moe")
+    first, second = run_ranks(all_linear, 2, base)
+    assert first == second
+    assert first[1] == 4 * 2 * (4 + 1 + 2)
