@@ -68,4 +68,4 @@ rm -f "$cache/logits.pt"
 
 step "in short"
 grep -E "held-out loss|^prompt|^answer" $log || true # the user may have removed it
-echo "the model: $output"
+echo "the model: $output, its report: $output/report.html"

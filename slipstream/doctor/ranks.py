@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,9 +69,12 @@ def _fate(code: int | None) -> str:
 
 
 def _last_words(errors: Any) -> str:
-    """The last line of what it wrote to stderr that says something."""
+    """Its exception, from what it wrote to stderr; the last line where there is none."""
     errors.seek(0)
-    lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
-    # torch warns about process groups at exit, after the error.
-    told = [line for line in lines if "Error" in line] or lines
-    return f": {told[-1][:300]}" if told else ""
+    # torch tags lines with the rank, and warns at exit, behind the exception.
+    lines = [re.sub(r"^\[rank\d+\]: ?", "", line).strip() for line in errors.read().splitlines()]
+    lines = [line for line in lines if line and not re.match(r"\[[WI]\d", line)]
+    trace = max((number for number, line in enumerate(lines) if line.startswith("Traceback")), default=0)
+    begins = (number for number in range(trace, len(lines)) if re.match(r"[\w.]+(Error|Exception)\b", lines[number]))
+    told = lines[next(begins, len(lines) - 1) :]
+    return f": {' '.join(told)[:300]}" if told else ""

@@ -173,7 +173,7 @@ def _host_ms(shape: Shape, layout: Layout) -> float:
     for layer in shape.layers:
         total += _USED["host, compiled layer" if layout.compiled else "host, layer"] + _USED["host, optimizer"]
         if not layer.experts.number:
-            total -= _USED["host, experts operator"]
+            total -= _USED["host, experts and router"]
             continue
         if layout.ep_size > 1:
             total += _USED["host, exchange"]
