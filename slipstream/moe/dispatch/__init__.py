@@ -25,7 +25,6 @@ __all__ = [
     "Dispatched",
     "Dispatcher",
     "LocalDispatcher",
-    "scale_gradient",
 ]
 
 # What BackendConfig(dispatcher="auto") means: it moves the fewest bytes at every size of the group.
@@ -47,12 +46,6 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return grad * ctx.factor, None
-
-
-def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """`tensor` itself, whose gradient is multiplied by `factor`."""
-    scaled: torch.Tensor = _ScaleGradient.apply(tensor, factor)
-    return scaled
 
 
 class _Exchange(hf.Exchange):
@@ -80,7 +73,7 @@ class _Exchange(hf.Exchange):
         divisor = getattr(self.experts, GRADIENT_DIVISOR, 1)
         if divisor != 1:
             # Divided on the way to the experts and restored behind them: only their weights see the smaller gradient.
-            x_TH, weights_TK = (scale_gradient(tensor, divisor) for tensor in (x_TH, weights_TK))
+            x_TH, weights_TK = (_ScaleGradient.apply(tensor, divisor) for tensor in (x_TH, weights_TK))
         sent = self.dispatcher.dispatch(x_TH, idx_TK, weights_TK)
         rows = sent.rows_RH, sent.idx_RK, sent.weights_RK
         if implementation.startswith("slipstream"):
@@ -88,7 +81,7 @@ class _Exchange(hf.Exchange):
         else:
             rows_RH = self.experts_forward(*rows)
         out_TH = self.dispatcher.combine(rows_RH, sent)
-        return out_TH if divisor == 1 else scale_gradient(out_TH, 1 / divisor)
+        return out_TH if divisor == 1 else _ScaleGradient.apply(out_TH, 1 / divisor)
 
 
 class AllToAllExchange(_Exchange):
