@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from slipstream import hf
 from slipstream.checkpoint.export import Team
-from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR, scale_gradient
+from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR
 from slipstream.moe.experts import ADAPTERS, projection_names
 from slipstream.moe.lora import LowRank, low_rank
 
@@ -181,7 +182,7 @@ class _Adapters:
 
     def __call__(self, name: str, dtype: torch.dtype) -> LowRank | None:
         parts = [
-            _factors(wrapper, adapter)
+            _factors(wrapper, adapter, dtype)
             for wrapper in self.wrappers
             if wrapper.parameter_name == name and not wrapper.disable_adapters and not wrapper.merged
             for adapter in wrapper.active_adapters
@@ -212,13 +213,13 @@ def _unload(original: Any) -> Any:
     return unload_and_optionally_merge_module
 
 
-def _factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor, float]:
+def _factors(wrapper: Any, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """An adapter's factors of this rank's experts, `[E, r, in]` and `[out, r, E]`, and its scaling."""
     experts, total, rank = wrapper.get_base_layer(), wrapper.num_experts, wrapper.r[adapter]
     a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     if isinstance(a, DTensor):
         divided = hasattr(experts, GRADIENT_DIVISOR)  # the exchange has divided what comes from the ranks' sum
-        a, b = (_whole(factor, 1.0 if divided else 1 / a.device_mesh.size()) for factor in (a, b))
+        a, b = (_whole(factor, dtype, 1.0 if divided else 1 / a.device_mesh.size()) for factor in (a, b))
     a, b = a.view(total, rank, -1), b.view(-1, rank, total)
     first = getattr(experts, FIRST_EXPERT, None)
     if first is not None:
@@ -226,11 +227,28 @@ def _factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor, float]:
     return a, b, wrapper.scaling[adapter]
 
 
+class _Whole(torch.autograd.Function):
+    """All of a factor, in the dtype to compute in. Its gradient is `share` of the ranks' sum, in the factor's own."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: DTensor, dtype: torch.dtype, share: float) -> Tensor:
+        ctx.layout, ctx.dtype, ctx.share = (factor.device_mesh, factor.placements), factor.dtype, share
+        own: Any = factor.detach().to(dtype)
+        whole: Tensor = own.full_tensor()
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[DTensor, None, None]:
+        mesh, placements = ctx.layout
+        of_rank = DTensor.from_local(grad.to(ctx.dtype) * ctx.share, mesh, [Partial()] * mesh.ndim, run_check=False)
+        return of_rank.redistribute(placements=placements), None, None
+
+
 @torch.compiler.disable
-def _whole(factor: DTensor, share: float) -> Tensor:
-    """All of `factor`; its gradient is the sum of the ranks', times `share`."""
-    whole = factor.full_tensor(grad_placements=[Partial()] * factor.device_mesh.ndim)
-    return whole if share == 1 else scale_gradient(whole, share)
+def _whole(factor: DTensor, dtype: torch.dtype, share: float) -> Tensor:
+    whole: Tensor = _Whole.apply(factor, dtype, share)
+    return whole
 
 
 def _update_layer(original: Any) -> Any:

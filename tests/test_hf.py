@@ -38,6 +38,14 @@ def test_implementation_names() -> None:
     assert hf.attention_implementation(model) == "sdpa"
 
 
+def test_trainer_leaves_alone_what_is_averaged_already() -> None:
+    source = inspect.getsource(Trainer._sync_replicated_trainable_parameters)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    hf.mark_averaged(parameter)
+    (name,) = vars(parameter)
+    assert f'getattr(param, "{name}", False)' in source
+
+
 def test_loss() -> None:
     assert hf.causal_lm_loss is LOSS_MAPPING["ForCausalLM"]
     assert list(inspect.signature(hf.causal_lm_loss).parameters)[:6] == [

@@ -30,8 +30,8 @@ def low_rank(parts: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) 
         parts: of each adapter `[E, r, A]`, `[B, r, E]` (how PEFT orders their elements) and the scaling.
         dtype: what to compute in.
     """
-    a_ErA = torch.cat([a for a, _, _ in parts], dim=1)
-    b_ErB = torch.cat([b.permute(2, 1, 0) * scaling for _, b, scaling in parts], dim=1)
+    a_parts, b_parts = [a for a, _, _ in parts], [b.permute(2, 1, 0) * scaling for _, b, scaling in parts]
+    a_ErA, b_ErB = (one[0] if len(one) == 1 else torch.cat(one, dim=1) for one in (a_parts, b_parts))
     missing = -a_ErA.shape[1] % _MULTIPLE
     if missing:
         a_ErA, b_ErB = (F.pad(factor, (0, 0, 0, missing)) for factor in (a_ErA, b_ErB))

@@ -116,6 +116,12 @@ def test_settings_that_do_not_fit(tmp_path: Path, checkpoint: Path, refused: Ref
     assert "train.optim: no optimizer 'sdg'; did you mean 'sgd'?" in refused(recipe, "train.optim=sdg")
     assert "no such data file" in refused(recipe, "data.train=nowhere.jsonl")
     assert "NOWHERE" in refused(recipe, "lora.target_modules=[NOWHERE]")
+    experts = "lora.target_parameters=all-experts"
+    assert "lora.lora_dropout=0.1: PEFT has it for linear layers only" in refused(
+        recipe, experts, "lora.lora_dropout=0.1"
+    )
+    dense = ["model.name_or_path=null", "model.config=llama-3.2-1b", "model.tokenizer=bytes"]
+    assert "LlamaConfig describes a dense model; leave it out" in refused(recipe, experts, *dense)
 
 
 def test_dry_run_shows_everything_and_writes_nothing(

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
 from slipstream import AutoModelForCausalLM
+from slipstream.adapters import all_experts
 from slipstream.compilation import compile_layers
 from slipstream.kernels.expert_activation import Activation
 from slipstream.moe.activation import register
@@ -273,7 +275,7 @@ def test_dispatches_need_their_combines() -> None:
     assert all("a dispatch needs its combine" in heard for heard in run(_out_of_turn, 2, None))
 
 
-def _train(dispatcher: str, compiled: bool) -> tuple[list[float], int]:
+def _train(dispatcher: str, compiled: bool, adapted: bool = False) -> tuple[list[float], int]:
     """Losses of a tiny model over two steps, and how many graphs its layers had, or -1 if one of them broke."""
     torch.manual_seed(0)
     torch._dynamo.utils.counters.clear()
@@ -284,6 +286,9 @@ def _train(dispatcher: str, compiled: bool) -> tuple[list[float], int]:
             tiny_config("qwen3_moe", num_hidden_layers=2), backend={"dispatcher": dispatcher, "compile": "none"},
             distributed_setup={"ep_size": dist.get_world_size()},
         )  # fmt: skip
+    if adapted:
+        lora = LoraConfig(r=4, target_modules=[], target_parameters=all_experts(model), init_lora_weights=False)
+        model = get_peft_model(model, lora)
     if compiled:
         compile_layers(model, backend="inductor" if DEVICE == "cuda" else "aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -298,6 +303,12 @@ def _train(dispatcher: str, compiled: bool) -> tuple[list[float], int]:
         losses.append(loss.item())
     counters = torch._dynamo.utils.counters
     return losses, -1 if counters["graph_break"] else counters["stats"]["unique_graphs"]
+
+
+@runnable
+def test_adapters_train_as_with_all_to_all() -> None:
+    expected, found = (run(_train, 2, name, False, True) for name in ("all_to_all", "nvlink"))
+    assert [losses for losses, _ in found] == [pytest.approx(losses, rel=1e-4) for losses, _ in expected]
 
 
 @runnable

@@ -20,7 +20,7 @@ from slipstream.moe.dispatch.local import LocalDispatcher
 from slipstream.moe.dispatch.nvlink import NvlinkDispatcher
 from slipstream.moe.dispatch.nvlink_experts import nvlink_experts
 from slipstream.moe.dispatch.peers import NoPeerAccessError, obstacle, peers_of
-from slipstream.moe.experts import experts_forward, is_fused, projections
+from slipstream.moe.experts import ADAPTERS, experts_forward, is_fused, projections
 from slipstream.moe.routing import balanced_index
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "LocalDispatcher",
     "NvlinkDispatcher",
     "choose",
-    "scale_gradient",
 ]
 
 # On an experts module: what its weights' gradients, sums over the tokens of all ranks, are to be divided by here.
@@ -53,12 +52,6 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         return grad * ctx.factor, None
-
-
-def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """`tensor` itself, whose gradient is multiplied by `factor`."""
-    scaled: torch.Tensor = _ScaleGradient.apply(tensor, factor)
-    return scaled
 
 
 class _Exchange(hf.Exchange):
@@ -86,7 +79,7 @@ class _Exchange(hf.Exchange):
         divisor = getattr(self.experts, GRADIENT_DIVISOR, 1)
         if divisor != 1:
             # Divided on the way to the experts and restored behind them: only their weights see the smaller gradient.
-            x_TH, weights_TK = (scale_gradient(tensor, divisor) for tensor in (x_TH, weights_TK))
+            x_TH, weights_TK = (_ScaleGradient.apply(tensor, divisor) for tensor in (x_TH, weights_TK))
         sent = self.dispatcher.dispatch(x_TH, idx_TK, weights_TK)
         rows = sent.rows_RH, sent.idx_RK, sent.weights_RK
         if implementation.startswith("slipstream"):
@@ -94,7 +87,7 @@ class _Exchange(hf.Exchange):
         else:
             rows_RH = self.experts_forward(*rows)
         out_TH = self.dispatcher.combine(rows_RH, sent)
-        return out_TH if divisor == 1 else scale_gradient(out_TH, 1 / divisor)
+        return out_TH if divisor == 1 else _ScaleGradient.apply(out_TH, 1 / divisor)
 
 
 class AllToAllExchange(_Exchange):
@@ -112,8 +105,8 @@ class AllGatherExchange(_Exchange):
 class NvlinkExchange(_Exchange):
     """`DistributedConfig(ep_implementation="slipstream_nvlink")`: exchange and experts in one operator.
 
-    A compiled layer contains it. What it does not fit (parameters inside the activation, Transformers' experts) runs
-    between a dispatch and a combine.
+    A compiled layer contains it. What it does not fit (adapters, parameters inside the activation, Transformers'
+    experts) runs between a dispatch and a combine.
 
     Raises:
         NoPeerAccessError: on all ranks together, where the GPUs can't reach each other's memory.
@@ -138,7 +131,10 @@ class NvlinkExchange(_Exchange):
 
     def __call__(self, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         implementation = hf.experts_implementation(self.experts)
-        if self.peers is None or not implementation.startswith("slipstream") or not is_fused(self.experts):
+        fits = (
+            implementation.startswith("slipstream") and is_fused(self.experts) and not hasattr(self.experts, ADAPTERS)
+        )
+        if self.peers is None or not fits:
             return super().__call__(x_TH, idx_TK, weights_TK)
         up, down, up_bias, down_bias = projections(self.experts)
         if implementation == "slipstream_balanced":
