@@ -17,6 +17,7 @@ from slipstream.loss import defer_logits, why_not_deferred
 from slipstream.moe import dispatch, experts, foreign
 from slipstream.parallel.activations import checkpoint_activations
 from slipstream.parallel.setup import DistributedSetup
+from slipstream.recurrent import install as recurrent
 
 
 def accelerate(
@@ -68,6 +69,9 @@ def accelerate(
         _loss(core, backend),
         Choice("linear", "torch", "cuBLAS runs these GEMMs near the chip's rate"),
     )
+    if (scans := recurrent.install(core)) is not None:
+        faster = "" if scans == "kernels" else "mamba_ssm and causal_conv1d, or fla: chunked scans in PyTorch are slow"
+        choices += (Choice("recurrent", scans, "states begin anew with each document of a packed row", faster),)
     checkpoint_activations(core, setup.activation_checkpointing)
     choices += _compile(core, backend)
     if hf.is_distributed(core):

@@ -4,6 +4,7 @@ Checked against Transformers 5.23.0, each with a test in tests/test_hf_models.py
 """
 
 import copy
+import functools
 import inspect
 import re
 import sys
@@ -131,6 +132,13 @@ def causal_mask(model: Any, hidden_BSH: torch.Tensor, mask: torch.Tensor | None,
     )  # fmt: skip
 
 
+# The functions of a modelling file that its recurrent layers call, each a kernel's where a package has it: the scans,
+# and what comes before or beside them.
+SCANS = (MAMBA_SCAN, "torch_chunk_gated_delta_rule")
+_BESIDE = ("causal_conv1d_fn", "mamba2_split_conv1d_scan_combined")
+_ORIGINAL = "slipstream_original"
+
+
 @contextmanager
 def scanning_by(model: Any, scan: Callable[..., Any]) -> Iterator[None]:
     """Let the Mamba2 layers of `model` call `scan`, and leave all other optional packages (mamba_ssm, causal_conv1d,
@@ -140,11 +148,62 @@ def scanning_by(model: Any, scan: Callable[..., Any]) -> Iterator[None]:
     """
     module = vars(sys.modules[type(model).__module__])
     # What `use_kernel_func_from_hub_with_fallback` made: the reference is inside.
-    original = {name: value for name, value in module.items()
-                if "torch_function" in getattr(getattr(value, "__code__", None), "co_freevars", ())}  # fmt: skip
-    for name, value in original.items():
-        module[name] = scan if name == MAMBA_SCAN else value.__wrapped__
+    before = {name: value for name, value in module.items() if "torch_function" in _inside(_original(value))}
+    for name, value in before.items():
+        module[name] = scan if name == MAMBA_SCAN else _original(value).__wrapped__
     try:
         yield
     finally:
-        module.update(original)
+        module.update(before)
+
+
+def _original(function: Any) -> Any:
+    return getattr(function, _ORIGINAL, function)
+
+
+def _inside(function: Any) -> tuple[str, ...]:
+    """The names that a function closes over."""
+    return getattr(getattr(function, "__code__", None), "co_freevars", ())
+
+
+def runs_package(function: Any) -> bool:
+    """Whether one of those functions runs an optional package's kernel instead of Transformers' PyTorch."""
+    return bool(inspect.getclosurevars(_original(function)).nonlocals.get("is_new_implementation"))
+
+
+def recurrent_functions(model: Any) -> dict[str, Any]:
+    """Those functions of the modelling file of `model`, by name; none where there is no scan that is known here."""
+    module = vars(sys.modules[type(model).__module__])
+    if not any(name in module for name in SCANS):
+        return {}
+    return {name: _original(module[name]) for name in (*SCANS, *_BESIDE) if name in module}
+
+
+def replace_recurrent(model: Any, replacements: dict[str, Callable[..., Any]]) -> None:
+    """Let the modelling file of `model` call `replacement(original, *args, **kwargs)` in the place of each."""
+    module = vars(sys.modules[type(model).__module__])
+    for name, replacement in replacements.items():
+        module[name] = _replaced(_original(module[name]), replacement)
+
+
+def _replaced(original: Any, replacement: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    setattr(replaced, _ORIGINAL, original)
+    return replaced
+
+
+def has_known_scan(config: PretrainedConfig) -> bool:
+    """Whether the recurrent layers of the architecture are of a kind that `recurrent_functions` knows."""
+    model_class = _causal_lm_class(config)
+    return model_class is not None and any(name in vars(sys.modules[model_class.__module__]) for name in SCANS)
+
+
+def set_time_step_limit(module: Any) -> None:
+    """Let a Mamba2 layer clamp its steps as its config says: Nemotron-H's in 5.23 clamps them to `time_step_min`
+    (transformers#48989)."""
+    limit = getattr(getattr(module, "config", None), "time_step_limit", None)
+    if hasattr(module, "time_step_limit") and limit is not None:
+        module.time_step_limit = tuple(map(float, limit))

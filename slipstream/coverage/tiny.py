@@ -154,6 +154,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "mamba_num_heads": 8,
         "n_groups": 2,
         "moe_shared_expert_intermediate_size": 32,
+        "time_step_min": 1e-6,  # by which Transformers clamps, where the config's time_step_limit says 0
     },
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "linear_attention", "linear_attention", "indexed_attention"],

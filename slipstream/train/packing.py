@@ -20,6 +20,8 @@ TOKENS = "num_tokens"  # of a packed batch, without the space left over; `count_
 PACKED_AT_ONCE = 10_000  # rows
 # Transformers' layer types whose layers mix tokens by attention, which keeps documents apart.
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid_attention")
+# Layers whose state begins anew with each document, where `slipstream.recurrent` knows their scan.
+RESETTING = ("linear_attention", "mamba")
 RECURRENT = ("rwkv", "xlstm")  # they name no kinds of layers
 # Their models take position_ids and yet attend across documents, or count positions in a way of their own; found by
 # `slipstream coverage`.
@@ -52,7 +54,8 @@ def check_packing(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"data.packing: {text.model_type} does not keep the documents of a row apart; set data.packing: false"
         )
-    leaky = sorted({kind for kind in kinds if kind not in (*ATTENTION, *NO_MIXING)})
+    apart = (*ATTENTION, *NO_MIXING, *(RESETTING if hf_models.has_known_scan(config) else ()))
+    leaky = sorted({kind for kind in kinds if kind not in apart})
     if leaky:
         raise ValueError(
             f"data.packing: {text.model_type} has layers of the kind {', '.join(leaky)}, whose state would carry one "

@@ -16,7 +16,7 @@ from slipstream.train.formats import IGNORE
 from slipstream.train.packing import LENGTHS, TOKENS, Collator, check_packing, count_tokens, pack
 from slipstream.train.recipe_file import load_recipe
 from slipstream.train.run import prepare, run
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_config, tiny_model
 from tests.train.tiny_chat import write_jsonl, write_recipe
 
 S = 24
@@ -130,7 +130,12 @@ def test_attention_keeps_documents_apart(preset: str) -> None:
     check_packing(build_config(preset))
 
 
-@pytest.mark.parametrize("name", ["nemotron_h", "qwen3_next", "jamba", "lfm2", "rwkv"])
+@pytest.mark.parametrize("name", ["nemotron_h", "qwen3_next", "granitemoehybrid"])
+def test_states_that_begin_anew_keep_documents_apart(name: str) -> None:
+    check_packing(tiny_config(name))  # tests/recurrent/test_models.py shows that they do
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "minimax", "jamba", "lfm2", "rwkv", "opt", "bart"])
 def test_layers_with_a_state_are_refused(name: str) -> None:
     config: Any = AutoConfig.for_model(name)
     if name == "lfm2":

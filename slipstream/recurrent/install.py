@@ -1,0 +1,88 @@
+"""How a model comes to the recurrent layers of this package: its decoder tells the layers where documents begin, and
+the functions of its modelling file that compute in plain PyTorch make way for ours when they are told of some.
+
+Where mamba_ssm, causal_conv1d or fla are installed, their kernels run as in Transformers, documents included.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from slipstream import hf_models
+from slipstream.attention.causal import documents
+from slipstream.recurrent.convolution import causal_conv, documents_of
+from slipstream.recurrent.gated_delta import gated_delta_rule
+from slipstream.recurrent.mamba2 import mamba2_scan
+
+DOCUMENTS = "seq_idx"  # Transformers' name for int32 ids [B, S], which mamba_ssm's and causal_conv1d's kernels take
+OURS = "slipstream_recurrent"  # an argument that a layer hands on to the functions below
+
+
+def install(model: Any) -> str | None:
+    """Let the Mamba2 and Gated DeltaNet layers of `model` use ours, in place; says what runs, None without such."""
+    functions = hf_models.recurrent_functions(model)
+    if not functions:
+        return None
+    fast = [name for name, function in functions.items() if hf_models.runs_package(function)]
+    hf_models.replace_recurrent(model, {name: _REPLACEMENTS[name] for name in functions if name not in fast})
+    for module in model.modules():
+        hf_models.set_time_step_limit(module)
+    model.get_decoder().register_forward_pre_hook(_tell, with_kwargs=True)
+    return "kernels" if len(fast) == len(functions) else "torch"
+
+
+def _tell(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    if kwargs.get("past_key_values") is not None:
+        return None
+    found: dict[str, Any] = {OURS: True}
+    if kwargs.get(DOCUMENTS) is None and kwargs.get("attention_mask") is None:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        positions, cu_seqlens = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is not None and tokens is not None:
+            found[DOCUMENTS] = documents(tokens.shape[0], tokens.shape[1], cu_seqlens.to(tokens.device)).int()
+        elif positions is not None and tokens is not None and positions.ndim == 2:
+            found[DOCUMENTS] = documents_of(positions.expand(tokens.shape[0], -1))
+    return args, {**kwargs, **found}
+
+
+def _convolution(
+    original: Any, x_BHS: Any, weight: Any, bias: Any = None, activation: Any = None, **kwargs: Any
+) -> Any:
+    document = kwargs.get(DOCUMENTS)
+    if document is None or not kwargs.get(OURS):
+        return original(x_BHS, weight, bias, activation=activation, **kwargs)
+    return causal_conv(x_BHS, weight, bias, activation, document)
+
+
+def _mamba2(original: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, chunk_size: int, **kwargs: Any) -> Any:
+    document = kwargs.get(DOCUMENTS)
+    cached = kwargs.get("initial_states") is not None or kwargs.get("return_final_states")
+    if document is None or cached or not kwargs.get(OURS):
+        return original(x, dt, A, B, C, chunk_size=chunk_size, **kwargs)
+    return mamba2_scan(
+        x, dt, A, B, C, chunk_size, kwargs.get("D"), kwargs.get("dt_bias"), kwargs.get("dt_softplus", False),
+        tuple(kwargs.get("dt_limit", (0.0, float("inf")))), document,
+    )  # fmt: skip
+
+
+def _mamba2_with_convolution(original: Any, *args: Any, **kwargs: Any) -> None:
+    """There is no kernel for both: Transformers then calls the two above."""
+
+
+def _gated_delta(original: Any, query: Any, key: Any, value: Any, g: Any, beta: Any, **kwargs: Any) -> Any:
+    document = kwargs.get(DOCUMENTS)
+    cached = kwargs.get("output_final_state") or kwargs.get("initial_state") is not None
+    if document is None or cached or not kwargs.get(OURS):
+        return original(query, key, value, g=g, beta=beta, **kwargs)
+    normalize = kwargs.get("use_qk_l2norm_in_kernel", False)
+    return gated_delta_rule(query, key, value, g, beta, document, normalize), None
+
+
+_REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": _convolution,
+    "mamba2_chunk_scan": _mamba2,
+    "mamba2_split_conv1d_scan_combined": _mamba2_with_convolution,
+    "torch_chunk_gated_delta_rule": _gated_delta,
+}

@@ -1,0 +1,92 @@
+"""Whole hybrid models over packed rows: what stands beside a document changes nothing, in either direction."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import slipstream
+from slipstream import hf_models
+from slipstream.compilation import compile_layers
+from slipstream.coverage.checks import packed_batch
+from tests.tiny_models import tiny_model
+
+TYPES = ["nemotron_h", "granitemoehybrid", "bamba", "qwen3_next", "qwen3_5_moe_text", "olmo_hybrid"]
+LENGTHS = (9, 23, 7)
+
+
+def _gradients(model: Any, batch: dict[str, Any], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**batch, labels=labels, num_items_in_batch=10, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_moving_a_neighbour_changes_nothing(model_type: str, checkpointing: bool) -> None:
+    model = slipstream.accelerate(tiny_model(model_type), backend={"attn": "slipstream"})  # as on a GPU
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    one, other = packed_batch(LENGTHS, seed=5), packed_batch(LENGTHS, seed=6)
+    inside = slice(LENGTHS[0], LENGTHS[0] + LENGTHS[1])
+    other["input_ids"][:, inside] = one["input_ids"][:, inside]
+    labels = torch.full_like(one["input_ids"], -100)
+    labels[:, inside] = one["input_ids"][:, inside]
+    labels[:, inside.start] = -100
+    found, moved = (_gradients(model, batch, labels) for batch in (one, other))
+    alone = one["input_ids"][:, inside]
+    # A row of its own takes Transformers' path, which also says what the scans have to compute.
+    expected = _gradients(model, {"input_ids": alone}, alone)
+    size = max(grad.abs().max().item() for grad in expected.values())
+    for name, grad in expected.items():
+        assert (moved[name] - found[name]).abs().max() <= 1e-5 * size, name
+        assert (found[name] - grad).abs().max() <= 2e-5 * size, name
+
+
+def test_positions_alone_say_where_documents_begin() -> None:
+    model = slipstream.accelerate(tiny_model("nemotron_h")).eval()
+    batch = packed_batch(LENGTHS, seed=5)
+    with torch.no_grad():
+        told = model(**batch, use_cache=False).logits
+        found = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    torch.testing.assert_close(found, told)
+
+
+def test_plain_transformers_stays_as_it_is() -> None:
+    """In the same process, and generation with a cache in an accelerated model."""
+    plain = tiny_model("nemotron_h").eval()
+    model = slipstream.accelerate(copy.deepcopy(plain))
+    assert slipstream.describe(model)["recurrent"].chosen == "torch"
+    assert "recurrent" not in {
+        c.operation for c in slipstream.describe(slipstream.accelerate(tiny_model("llama"))).choices
+    }
+    ids = packed_batch(LENGTHS, seed=5)["input_ids"][:, :12]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, plain(input_ids=ids, use_cache=False).logits)
+    written = [m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (plain, model)]
+    assert torch.equal(*written)
+    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        plain(**packed_batch(LENGTHS, seed=5), seq_idx=torch.zeros(1, 39, dtype=torch.int32), use_cache=False)
+
+
+def test_steps_are_clamped_as_the_config_says() -> None:
+    plain = tiny_model("nemotron_h", time_step_min=0.5)
+    mixer = next(module for module in plain.modules() if hasattr(module, "time_step_limit"))
+    assert mixer.time_step_limit[0] == 0.5  # Transformers': not the config's limit
+    model = slipstream.accelerate(copy.deepcopy(plain))
+    limits = {module.time_step_limit for module in model.modules() if hasattr(module, "time_step_limit")}
+    assert limits == {tuple(model.config.time_step_limit)} == {(0.0, float("inf"))}
+    assert not any(map(hf_models.runs_package, hf_models.recurrent_functions(model).values()))
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen3_next"])
+def test_compiled_layers_keep_documents_apart(model_type: str) -> None:
+    model = slipstream.accelerate(tiny_model(model_type))
+    batch = packed_batch(LENGTHS, seed=5)
+    labels = batch["input_ids"].clone()
+    expected = _gradients(model, batch, labels)
+    compile_layers(model, backend="eager")
+    found = _gradients(model, batch, labels)
+    for name, grad in expected.items():
+        assert (found[name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp(min=1e-3), name
