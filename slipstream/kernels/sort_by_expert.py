@@ -76,7 +76,8 @@ if HAS_TRITON:
         hot = ((expert[:, None] == experts_E[None, :]) & here[:, None]).to(tl.int32)
         return slot, expert, here, hot
 
-    @triton.jit
+    # Sizes that differ from step to step: a variant for those that 16 divides would be compiled amid the training.
+    @triton.jit(do_not_specialize=["slots", "span"])
     def _count_kernel(idx, counts, slots, num_experts, span, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
         program = tl.program_id(0)
         experts_E = tl.arange(0, EXPERTS)
@@ -87,7 +88,7 @@ if HAS_TRITON:
             total_E += tl.sum(hot, 0)
         tl.store(counts + program * EXPERTS + experts_E, total_E)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["slots", "num_rows", "span", "spans"])
     def _place_kernel(
         idx,
         counts,
