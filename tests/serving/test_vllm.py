@@ -90,7 +90,7 @@ def served(folder: Path, dtype: str, prompts: list[list[int]], job: Path, adapte
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     command = [str(PYTHON), str(ROOT / "scripts" / "vllm_logprobs.py"), str(job)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
     result = json.loads(Path(f"{job}.out").read_text())
     print(result["versions"])
     return torch.tensor([value for row in result["logprobs"] for value in row])
