@@ -17,14 +17,18 @@ def main() -> None:
 
     path = Path(sys.argv[1])
     job = json.loads(path.read_text())
-    adapter = {"enable_lora": True, "max_lora_rank": job["rank"]} if job["adapter"] else {}
+    adapter = (
+        {"enable_lora": True, "max_lora_rank": job["rank"], "enable_mixed_moe_lora_format": True}
+        if job["adapter"]
+        else {}
+    )
     engine = LLM(
         job["model"], dtype=job["dtype"], enforce_eager=True, max_model_len=128, max_num_seqs=4, seed=0, **adapter
     )
     found = engine.generate(
         [{"prompt_token_ids": ids} for ids in job["prompts"]],
         SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
-        lora_request=LoRARequest("adapter", 1, job["adapter"]) if job["adapter"] else None,
+        lora_request=LoRARequest("adapter", 1, job["adapter"], is_3d_lora_weight=True) if job["adapter"] else None,
     )
     logprobs = [
         [tokens[token].logprob for token, tokens in zip(ids[1:], result.prompt_logprobs[1:], strict=True)]

@@ -259,10 +259,11 @@ def _update_layer(original: Any) -> Any:
         parameter, experts = self.get_param(), hf.is_experts(self.get_base_layer())
         if not experts or not isinstance(parameter, DTensor):
             return
-        if not _is_ours(self):
+        if not _is_ours(self) or "tp" in (parameter.device_mesh.mesh_dim_names or ()):
             raise ValueError(
                 f"LoRA on {self.parameter_name} of experts that are spread over ranks: PEFT cannot do it, Slipstream "
-                'can for their weights, with BackendConfig(experts="slipstream"); leave it out of target_parameters'
+                'can for their weights, with BackendConfig(experts="slipstream") and tp_size=1; leave it out of '
+                "target_parameters"
             )
         for factors in (self.lora_A, self.lora_B):
             linear = factors[adapter_name]
@@ -279,6 +280,12 @@ def _spread(tensor: Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(tensor.to(mesh.device_type), mesh, placements)
 
 
+def _is_spread(model: Any) -> bool:
+    """Whether the model inside is one that Transformers spread over the ranks."""
+    base = model.get_base_model()  # PEFT takes any module
+    return dist.is_initialized() and hasattr(base, "config") and hf.is_distributed(base)
+
+
 def _keeping_equal(original: Any) -> Any:
     """`original`, a method of `PeftModel` that adds an adapter; what FSDP2 does not know of it, as it came after, is
     then kept the same on all ranks: adapters of dense layers."""
@@ -286,7 +293,7 @@ def _keeping_equal(original: Any) -> Any:
     @functools.wraps(original)
     def add(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if not hf.is_distributed(self.get_base_model()) or not dist.is_initialized():
+        if not _is_spread(self):
             return
         for parameter in self.parameters():
             if parameter.requires_grad and not isinstance(parameter, DTensor) and not hasattr(parameter, _AVERAGED):
@@ -308,7 +315,7 @@ def _average(parameter: Tensor) -> None:
 def _save_pretrained(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        if not hf.is_distributed(self.get_base_model()) or not dist.is_initialized():
+        if not _is_spread(self):
             original(self, save_directory, *args, **kwargs)
             return
         team = Team()

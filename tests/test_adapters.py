@@ -172,6 +172,12 @@ def test_what_peft_has_only_for_linear_layers_is_refused(changes) -> None:
         get_peft_model(pair("qwen3_moe")[1], LoraConfig(target_modules="all-linear", **changes))
 
 
+def test_any_other_module_is_left_to_peft(tmp_path) -> None:
+    adapted = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    adapted.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_peft_imported_later_is_told_too() -> None:
     """Our import does not load PEFT; looking whether it is there does not count as importing it."""
     script = """
