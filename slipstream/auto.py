@@ -3,18 +3,19 @@
 import copy
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 
-from slipstream import hf
+from slipstream import hf, hf_models
 from slipstream.acceleration import accelerate, choose_dispatcher
 from slipstream.backend import BackendConfig
-from slipstream.checkpoint import passthrough
+from slipstream.checkpoint import dequantize, passthrough
 from slipstream.checkpoint.export import install_save
 from slipstream.moe import dispatch
 from slipstream.parallel.initialize import build_sharded
@@ -45,6 +46,9 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     ) -> Any:
         """Load a model as Transformers does, then `accelerate` it.
 
+        A checkpoint in FP8 blocks or MXFP4 is dequantised while it is read, as such weights do not train; give a
+        `quantization_config` to leave that to Transformers.
+
         Raises:
             ValueError: a setting that does not exist or does not fit the model (before anything is loaded).
             OSError: the checkpoint is missing or damaged.
@@ -53,19 +57,29 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         setup = DistributedSetup.of(distributed_setup)
         # A distributed_config of the caller's own is Transformers' to carry out.
         sharding: Any = nullcontext()
+        name = pretrained_model_name_or_path
+        in_files = isinstance(name, str | os.PathLike)
+        config = kwargs.get("config")
+        if config is None and (distributed_setup is not None or (in_files and not kwargs.keys() & _READ_OTHERWISE)):
+            config = _config(name, kwargs, needed=distributed_setup is not None)
         if distributed_setup is not None:
-            config = kwargs.get("config")
-            if config is None:
-                config = transformers.AutoConfig.from_pretrained(
-                    pretrained_model_name_or_path, **{key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
-                )
+            assert config is not None
             setup.check(hf.num_routed_experts(config))
             if setup.ranks > 1:
                 kwargs["distributed_config"] = _distributed_config(backend, setup)
                 sharding = hf.sharding_by(partial(shard, setup=setup), partial(plan_experts, ep_size=setup.ep_size))
+        hub = {key: kwargs[key] for key in _FILE_KEYWORDS if key in kwargs}
+        own_class: Any = None
+        if in_files and not kwargs.keys() & _READ_OTHERWISE and dequantize.method_of(config) is not None:
+            assert config is not None
+            own_class = hf_models.causal_lm_class(config)
         try:
-            with sharding:
-                loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            with sharding, ExitStack() as stack:
+                if own_class is None:
+                    loaded = super().from_pretrained(name, *model_args, **kwargs)
+                else:
+                    plain = _dequantised(str(name), config, hub, kwargs, stack)
+                    loaded = own_class.from_pretrained(None, *model_args, **plain)
         except SafetensorError as error:
             raise OSError(
                 f"{pretrained_model_name_or_path}: a safetensors file there is damaged or cut short ({error}); "
@@ -73,11 +87,16 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             ) from error
         # output_loading_info=True returns (model, info).
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        if own_class is not None:
+            model.config.name_or_path = str(pretrained_model_name_or_path)
+            with suppress(OSError):
+                model.generation_config = transformers.GenerationConfig.from_pretrained(
+                    pretrained_model_name_or_path, **hub
+                )
         model = accelerate(model, backend=backend, distributed_setup=distributed_setup)
-        hub = {key: kwargs[key] for key in _FILE_KEYWORDS if key in kwargs}
-        known = isinstance(pretrained_model_name_or_path, str | os.PathLike)
-        if known and (kept := passthrough.find(str(pretrained_model_name_or_path), model.config, **hub)):
+        if in_files and (kept := passthrough.find(str(pretrained_model_name_or_path), model.config, **hub)):
             setattr(model, passthrough.KEPT, kept)
+            setattr(model, passthrough.BLOCK, None if own_class is None else dequantize.block_of(config))
             install_save(model)
         return (model, *info) if info else model
 
@@ -111,6 +130,37 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                  "trust_remote_code", "code_revision")  # fmt: skip
+
+# With these a checkpoint's weights are Transformers' to read.
+_READ_OTHERWISE = {"quantization_config", "gguf_file", "state_dict", "use_safetensors", "variant", "adapter_kwargs"}
+
+
+def _config(name: Any, kwargs: dict[str, Any], needed: bool) -> Any:
+    """The checkpoint's config; where it is not `needed`, None for one that has none."""
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            name, **{key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
+        )
+    except (OSError, ValueError):
+        if needed:
+            raise
+        return None
+
+
+def _dequantised(
+    name: str, config: Any, hub: dict[str, Any], kwargs: dict[str, Any], stack: ExitStack
+) -> dict[str, Any]:
+    """The arguments that load a quantised checkpoint as a plain one."""
+    config = copy.deepcopy(config)
+    block = dequantize.block_of(config)
+    del config.quantization_config
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # "auto" is none of torch's
+    dtype = dtype or config.dtype or torch.bfloat16
+    rest = {key: value for key, value in kwargs.items() if key not in (*_HUB_KEYWORDS, "torch_dtype")}
+    tensors = dequantize.open_plain(name, hub, block, dtype, stack)
+    return {**rest, "config": config, "dtype": dtype, "state_dict": tensors}
+
 
 _FILE_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 

@@ -26,7 +26,7 @@ _BACKEND = "_slipstream_compile_backend"
 
 def why_not_compiled(model: nn.Module) -> str | None:
     """The reason why compiling the layers of `model` would not pay or work, or None."""
-    if not _layers(model):
+    if not decoder_layers(model):
         return f"{type(model).__name__} has no decoder layers that Transformers marks as such"
     if next(model.parameters()).device.type != "cuda":
         return "not on a GPU: here compiling costs more than it saves"
@@ -37,7 +37,7 @@ def why_not_compiled(model: nn.Module) -> str | None:
 
 def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> list[str]:
     """Compile the decoder layers of `model` on their first use, in place; returns the names of their classes."""
-    layers = _layers(model)
+    layers = decoder_layers(model)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     for layer in layers:
         # Bound to a module-level function named forward, as in loss.py: survives deepcopy and pickle.
@@ -82,7 +82,8 @@ def _compiled(own: Callable[..., Any], backend: str | Callable[..., Any]) -> Cal
     return announcing
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that Transformers marks as such, those inside another left out."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     inner = {id(below) for layer in layers for below in layer.modules() if below is not layer}
     return [layer for layer in layers if id(layer) not in inner]

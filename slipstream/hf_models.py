@@ -9,12 +9,10 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,17 +31,17 @@ MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
 
 def takes_positions(config: PretrainedConfig) -> bool:
     """Whether the causal-LM class for `config` takes `position_ids`; True for a class that came with its checkpoint."""
-    model_class = _causal_lm_class(config)
+    model_class = causal_lm_class(config)
     return model_class is None or "position_ids" in inspect.signature(model_class.forward).parameters
 
 
 def takes_experts_implementation(config: PretrainedConfig) -> bool:
     """Whether the causal-LM class for `config` calls its experts through the interface."""
-    model_class = _causal_lm_class(config)
+    model_class = causal_lm_class(config)
     return model_class is None or model_class._can_set_experts_implementation()
 
 
-def _causal_lm_class(config: PretrainedConfig) -> Any:
+def causal_lm_class(config: PretrainedConfig) -> Any:
     """Transformers' own class for `config`; None where the checkpoint brings one."""
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
@@ -100,19 +98,18 @@ def prediction_layers(model: Any, count: int) -> list[nn.Module]:
     return [MtpLayer(config, layer_class, norm_class, layer) for layer in range(count)]
 
 
-def load_into(model: Any, sources: dict[str, tuple[Path, str]]) -> set[str]:
+def load_into(model: Any, slices: dict[str, Any]) -> set[str]:
     """Read tensors into `model`, converted as its checkpoints are; returns the parameters that got none.
 
     Args:
-        sources: name as if the checkpoint were of this model -> file and the tensor's name there.
+        slices: of safetensors or like those, by the names of a checkpoint of this model.
+
+    Raises: ValueError for one that the model has no place for.
     """
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path, _ in sources.values()}
-        slices = {name: files[path].get_slice(key) for name, (path, key) in sources.items()}
-        device = next(model.parameters()).device
-        mapping: Any = get_model_conversion_mapping(model)
-        config = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype=model.dtype)
-        info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=slices, load_config=config)
+    device = next(model.parameters()).device
+    mapping: Any = get_model_conversion_mapping(model)
+    config = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype=model.dtype)
+    info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=slices, load_config=config)
     if info.mismatched_keys or info.unexpected_keys:
         odd = sorted(map(str, {*info.mismatched_keys, *info.unexpected_keys}))
         raise ValueError(f"{odd[0]} does not fit {type(model).__name__}")
@@ -197,7 +194,7 @@ def _replaced(original: Any, replacement: Callable[..., Any]) -> Any:
 
 def has_known_scan(config: PretrainedConfig) -> bool:
     """Whether the recurrent layers of the architecture are of a kind that `recurrent_functions` knows."""
-    model_class = _causal_lm_class(config)
+    model_class = causal_lm_class(config)
     return model_class is not None and any(name in vars(sys.modules[model_class.__module__]) for name in SCANS)
 
 

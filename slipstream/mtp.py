@@ -9,6 +9,7 @@ Dims: B rows, S tokens in a row, H hidden.
 
 import functools
 import re
+from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
@@ -87,7 +88,16 @@ def train_mtp(model: Any, loss_weight: float = 0.1) -> Any:
     if hasattr(core, NAME):
         getattr(core, NAME).loss_weight = loss_weight
         return model
-    kept = vars(core).get(passthrough.KEPT, {})
+    with ExitStack() as stack:
+        _load(core, passthrough.open_kept(core, stack), loss_weight)
+    setattr(core, passthrough.KEPT, {})
+    core.forward = MethodType(_with_prediction(core.forward.__func__), core)
+    install_save(core)
+    return model
+
+
+def _load(core: Any, kept: dict[str, Any], loss_weight: float) -> None:
+    """Make the modules and read them from the slices `kept`; raises as `train_mtp`."""
     if not kept:
         raise ValueError(
             f"train_mtp: the checkpoint of this {type(core).__name__} has no modules for multi-token prediction, or it "
@@ -111,18 +121,14 @@ def train_mtp(model: Any, loss_weight: float = 0.1) -> Any:
     layers = hf_models.prediction_layers(core, count)
     module = MultiTokenPrediction(layers, first, loss_weight, section, copies).to(device, dtype)
     core.add_module(NAME, module)
-    missing = hf_models.load_into(core, {target: (kept[name], name) for name, target in places.items()})
+    missing = hf_models.load_into(core, {target: kept[name] for name, target in places.items()})
     if lacking := sorted(name for name in missing if name.startswith(f"{NAME}.")):
         delattr(core, NAME)
         raise ValueError(f"train_mtp: the checkpoint lacks {', '.join(lacking[:3])}")
     applied = acceleration_of(core)
     if applied is not None and any(choice.chosen == "layers" for choice in applied.choices):
         compile_layers(module)
-    setattr(core, passthrough.KEPT, {})
     module.train(core.training)
-    core.forward = MethodType(_with_prediction(core.forward.__func__), core)
-    install_save(core)
-    return model
 
 
 def _internal(name: str, first: int, section: bool) -> str | None:

@@ -18,7 +18,7 @@ from tests.tiny_models import tiny_batch, tiny_model
 TYPES = ["deepseek_v3", "glm4_moe", "qwen3_next"]
 
 
-def _checkpoint(folder: Path, model_type: str, modules: int = 1, **changes: Any) -> dict[str, torch.Tensor]:
+def make_checkpoint(folder: Path, model_type: str, modules: int = 1, **changes: Any) -> dict[str, torch.Tensor]:
     """A tiny checkpoint with modules for multi-token prediction, made of a layer that the model has; its tensors."""
     model = tiny_model(model_type, None, **changes)
     first = model.config.num_hidden_layers
@@ -76,7 +76,7 @@ def _loss_by_hand(model: Any, ids: torch.Tensor, weight: float) -> torch.Tensor:
 
 @pytest.mark.parametrize(("model_type", "modules"), [*((name, 1) for name in TYPES), ("deepseek_v3", 2)])
 def test_trains_and_comes_back(tmp_path: Path, model_type: str, modules: int) -> None:
-    source = _checkpoint(tmp_path / "a", model_type, modules)
+    source = make_checkpoint(tmp_path / "a", model_type, modules)
     model = _load(tmp_path / "a")
     without = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert slipstream.train_mtp(model, loss_weight=0.3) is model
@@ -110,7 +110,7 @@ def test_trains_and_comes_back(tmp_path: Path, model_type: str, modules: int) ->
 
 
 def test_documents_of_a_row_stay_apart(tmp_path: Path) -> None:
-    _checkpoint(tmp_path, "deepseek_v3")
+    make_checkpoint(tmp_path, "deepseek_v3")
     model = slipstream.train_mtp(_load(tmp_path), 1.0)
     one, two = tiny_batch(1, 9, seed=1), tiny_batch(1, 7, seed=2)
     labels = torch.cat([one, two], 1)
@@ -124,7 +124,7 @@ def test_documents_of_a_row_stay_apart(tmp_path: Path) -> None:
 
 
 def test_weight_zero_and_evaluation_leave_the_loss_alone(tmp_path: Path) -> None:
-    _checkpoint(tmp_path, "deepseek_v3")
+    make_checkpoint(tmp_path, "deepseek_v3")
     model, ids = _load(tmp_path), tiny_batch(1, 16)
     plain = model(input_ids=ids, labels=ids).loss
     slipstream.train_mtp(model, 0.0)
@@ -139,7 +139,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     model = _load(tmp_path / "none")
     with pytest.raises(ValueError, match="has no modules for multi-token prediction"):
         slipstream.train_mtp(model)
-    _checkpoint(tmp_path / "a", "deepseek_v3")
+    make_checkpoint(tmp_path / "a", "deepseek_v3")
     model = _load(tmp_path / "a")
     with pytest.raises(ValueError, match="loss_weight=-1"):
         slipstream.train_mtp(model, -1)
@@ -153,7 +153,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 def test_from_a_recipe(tmp_path: Path) -> None:
-    source = _checkpoint(tmp_path / "model", "glm4_moe", vocab_size=512)
+    source = make_checkpoint(tmp_path / "model", "glm4_moe", vocab_size=512)
     (tmp_path / "rows.jsonl").write_text('{"text": "one two three four"}\n' * 4)
     sections = {
         "model": {"name_or_path": str(tmp_path / "model"), "tokenizer": "bytes"},

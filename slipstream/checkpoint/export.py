@@ -114,14 +114,13 @@ def export(
     shared = team.share((os.path.abspath(directory), held))
     folder, incomplete = Path(shared[0][0]), Path(shared[0][0]) / INCOMPLETE
 
-    kept: dict[str, Path] = vars(model).get(passthrough.KEPT, {})
     reversal, saved_dtype = hf.Reversal(model), _saved_dtype(model, dtype)
     plan = Plan([], [])
     totals: set[int] = set()
     try:
         with team:
             plan = make_plan([held for _, held in shared], reversal, saved_dtype, max_shard_bytes, ONE_FILE_BYTES,
-                             passthrough.sizes(kept))  # fmt: skip
+                             passthrough.sizes(model))  # fmt: skip
             if rank == 0:
                 shutil.rmtree(incomplete, ignore_errors=True)
                 incomplete.mkdir(parents=True)
@@ -139,7 +138,7 @@ def export(
                     if part.names:
                         writer.write(_converted(part, gathered, reversal, saved_dtype))
                     else:
-                        writer.write((name, passthrough.read(kept, name)) for name in part.outputs)
+                        writer.write((name, passthrough.read(model, name)) for name in part.outputs)
         with team:
             assert team.error or writer.is_done, "some tensors were not written"
         team.share(None)

@@ -5,17 +5,19 @@ that it saved has lost them. Here they stay in the files that they were read fro
 saved: no memory is spent on them, and their values and names do not change.
 """
 
-import json
 import re
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from slipstream.checkpoint import dequantize
 
 KEPT = "_slipstream_kept"
+BLOCK = "_slipstream_kept_block"  # of FP8 weights that are saved dequantised, else None
 MODULE = "mtp"  # the submodule of a model that trains them, see slipstream/mtp.py
 _MTP = re.compile(r"(^|\.)mtp(_layers)?(\.|$)")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -30,24 +32,7 @@ def find(name_or_path: str, config: Any, **hub: Any) -> dict[str, Path]:
 
     Raises: OSError for a file that the checkpoint's index names and that is not there.
     """
-    index = _file_if_there(name_or_path, SAFE_WEIGHTS_INDEX_NAME, hub)
-    if index is not None:
-        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        names = [name for name in places if _is_extra(name, config)]
-        files = {file: Path(str(cached_file(name_or_path, file, **hub))) for file in {places[name] for name in names}}
-        return {name: files[places[name]] for name in names}
-    file = _file_if_there(name_or_path, SAFE_WEIGHTS_NAME, hub)
-    if file is None:
-        return {}
-    with safe_open(file, framework="pt") as tensors:
-        return {name: Path(file) for name in tensors.keys() if _is_extra(name, config)}  # noqa: SIM118
-
-
-def _file_if_there(name_or_path: str, name: str, hub: dict[str, Any]) -> str | None:
-    try:
-        return cached_file(name_or_path, name, **hub)
-    except OSError:
-        return None
+    return {name: path for name, path in dequantize.files_of(name_or_path, hub).items() if _is_extra(name, config)}
 
 
 def _is_extra(name: str, config: Any) -> bool:
@@ -67,29 +52,41 @@ def _predicted(config: Any) -> int:
     return 0
 
 
-def sizes(kept: dict[str, Path]) -> dict[str, int]:
-    """Bytes of each of the kept tensors that is still there; warns of files that are gone."""
-    found: dict[str, int] = {}
+def open_kept(model: Any, stack: ExitStack) -> dict[str, Any]:
+    """The kept tensors of `model` as slices to read from, dequantised where its checkpoint is quantised and it is not.
+
+    Warns of files that are gone.
+    """
+    kept: dict[str, Path] = vars(model).get(KEPT, {})
+    opened = {}
     for path in sorted(set(kept.values())):
-        if not path.is_file():
-            lost = [name for name, place in kept.items() if place == path]
-            warnings.warn(
-                f"{path} is gone, and with it {len(lost)} tensors that this model does not train ({lost[0]}, …): "
-                "what is saved lacks them",
-                stacklevel=2,
-            )
+        if path.is_file():
+            opened[path] = stack.enter_context(safe_open(path, framework="pt"))
             continue
-        with safe_open(path, framework="pt") as tensors:
-            for name in (name for name, place in kept.items() if place == path):
-                part = tensors.get_slice(name)
-                found[name] = _NBYTES[part.get_dtype()] * torch.Size(part.get_shape()).numel()
-    return found
+        lost = [name for name, place in kept.items() if place == path]
+        warnings.warn(
+            f"{path} is gone, and with it {len(lost)} tensors that this model does not train ({lost[0]}, …): "
+            "what is saved lacks them",
+            stacklevel=2,
+        )
+    slices = {name: opened[path].get_slice(name) for name, path in kept.items() if path in opened}
+    block = vars(model).get(BLOCK)
+    return slices if block is None else dequantize.plain_slices(slices, block, model.dtype)
 
 
-def read(kept: dict[str, Path], name: str) -> torch.Tensor:
-    """One of the kept tensors."""
-    with safe_open(kept[name], framework="pt") as tensors:
-        tensor: torch.Tensor = tensors.get_tensor(name)
+def sizes(model: Any) -> dict[str, int]:
+    """Bytes of each of the kept tensors of `model`, as they will be saved."""
+    with ExitStack() as stack:
+        return {
+            name: _NBYTES[found.get_dtype()] * torch.Size(found.get_shape()).numel()
+            for name, found in open_kept(model, stack).items()
+        }
+
+
+def read(model: Any, name: str) -> torch.Tensor:
+    """One of the kept tensors of `model`."""
+    with ExitStack() as stack:
+        tensor: torch.Tensor = open_kept(model, stack)[name][...]
         return tensor
 
 
@@ -110,7 +107,8 @@ def follow(model: Any, folder: Path, files: dict[str, str]) -> None:
     """
     kept: dict[str, Path] = vars(model).get(KEPT, {})
     if any(path.resolve().parent == folder.resolve() for path in kept.values()):
-        setattr(model, KEPT, {name: folder / files.get(name, path.name) for name, path in kept.items()})
+        setattr(model, KEPT, {name: folder / files[name] for name in kept if name in files})
+        setattr(model, BLOCK, None)  # they were saved dequantised
 
 
 # By safetensors' names.

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Shard
 
 from slipstream import hf, hf_models
+from slipstream.compilation import decoder_layers
 from slipstream.moe.dispatch import GRADIENT_DIVISOR
 from slipstream.moe.foreign import adapt
 from slipstream.parallel.setup import DistributedSetup
@@ -164,6 +165,9 @@ def _units(model: Any, fsdp_plan: Plan) -> tuple[list[nn.Module], list[nn.Module
     kept = [model.get_submodule(name) for name, style in fsdp_plan.items() if style == "keep_full_weight"]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     planned = {id(module) for module in (*freed, *kept)}
+    layers = decoder_layers(model)
+    if not any(id(layer) in planned for layer in layers):
+        freed = [*layers, *freed]  # Llama 4's plan and DBRX's name none that the text model has
     tied = head is not None and embedding is not None and head.weight is embedding.weight
     if embedding is not None and id(embedding) not in planned and not tied:
         freed.append(embedding)
