@@ -37,7 +37,7 @@ from slipstream.coverage.ranks import prepare
 from slipstream.coverage.tiny import tiny_batch, tiny_config, tiny_model
 
 MAX_PARAMETERS = 20_000_000
-SECONDS = 60.0  # an architecture's time
+SECONDS = 120.0  # an architecture's time
 
 
 @dataclass

@@ -45,10 +45,11 @@ def _same(folder: Path, expected: dict[str, torch.Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_next", "nemotron_h", "llama"])
+@pytest.mark.parametrize(
+    ("model_type", "sharded"), [("deepseek_v3", True), ("qwen3_next", False), ("nemotron_h", True), ("llama", False)]
+)
 def test_nothing_is_lost(tmp_path: Path, model_type: str, sharded: bool) -> None:
-    expected = _with_mtp(tmp_path / "a", model_type, sharded and model_type != "llama")
+    expected = _with_mtp(tmp_path / "a", model_type, sharded)
     model = slipstream.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
     ids = tiny_batch(1, 16)
     model(input_ids=ids, labels=ids).loss.backward()

@@ -17,8 +17,8 @@ from slipstream.coverage.tiny import tiny_model
 
 # One of each kind of experts, routers, attention and layers; the command does all of them.
 REPRESENTATIVE = [
-    "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "mixtral", "gemma4_text", "bailing_hybrid", "qwen3_next",
-    "afmoe", "jetmoe", "doge", "llama", "gpt2", "bart", "opt",
+    "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "gemma4_text", "bailing_hybrid", "qwen3_next", "llama4_text",
+    "dbrx", "jetmoe", "llama", "gpt2", "bart",
 ]  # fmt: skip
 
 

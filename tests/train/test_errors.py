@@ -66,7 +66,7 @@ RECIPES = [
     Broken("a checkpoint that is not there", overrides=["model.name_or_path=./nowhere"]),
     Broken("an output folder that holds a model", overrides=["train.output_dir=other"]),
     Broken("packing, with layers that carry a state", recipe=RECIPE.replace("name_or_path: model",
-           "config: nemotron-3-nano-30b-a3b"), overrides=["data.packing=true"]),
+           "config: jamba.json"), overrides=["data.packing=true"], files={"jamba.json": '{"model_type": "jamba"}'}),
 ]  # fmt: skip
 DATA = [
     Broken("no such file", overrides=["data.train=nowhere.jsonl"]),
