@@ -25,6 +25,11 @@ class Gpu:
     network: float
 
     @property
+    def peer_access(self) -> bool:
+        """Whether it reaches the memory of the others in its host: it has NVLink, by the speed of its link."""
+        return self.link > 100
+
+    @property
     def peak_tflops(self) -> float:
         return PEAK_BF16_TFLOPS[self.name.split("-")[0].replace("RTX", "RTX ")]
 

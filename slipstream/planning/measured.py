@@ -16,6 +16,7 @@ class Measured:
 
 
 _NOTES, _CEILINGS = "benchmarks/NOTES.md", "project notes MEASURED.md, table of ceilings, 2 x H200, 21 Nov 2026"
+_EXCHANGE = "benchmarks/results/2026-11-22-2xh200-exchange.md"
 _COMPILED = "benchmarks/results/2026-11-22-1xh200-first-compiled-step.md"
 
 CONSTANTS = {
@@ -35,6 +36,7 @@ CONSTANTS = {
     "torch AdamW": Measured(0.45, "of memory peak", f"{_COMPILED}: 37 ms for 5.61 B parameters"),
     "all-to-all in a host": Measured(0.45, "of link", f"{_CEILINGS}: 202 GB/s at 32 MB, of 450"),
     "all-gather in a host": Measured(0.54, "of link", f"{_CEILINGS}: 245 / 230 GB/s at 128 MB, of 450"),
+    "stores over NVLink": Measured(0.31, "of link", f"{_EXCHANGE}: 0.48 ms for 67 MB out and back, twice"),
     "exchange between hosts": Measured(0.7, "of network", "assumed"),
     "hidden under computation": Measured(0.3, "of its time", "assumed, for FSDP2's gathers and reductions"),
     "host, compiled layer": Measured(4.1, "ms", f"{_COMPILED}: 22 forward + 19 backward, of 8 layers, less 8"),
@@ -45,6 +47,7 @@ CONSTANTS = {
         "fitted: Llama-3.2-1B, 16 dense layers, 69.5 ms, waits for no host; 0.58 ms of a forward is the operator",
     ),
     "host, exchange": Measured(2.5, "ms", "benchmarks/results/2026-11-22-2xh200-expert-parallel.md: 190 of 227 ms"),
+    "host, exchange over NVLink": Measured(0.35, "ms", f"{_EXCHANGE}: 0.28-0.35, forward and backward"),
     "host, experts under FSDP2": Measured(3.9, "ms", f"{_NOTES}, experts with one owner: 288.7 to 227.0 ms, 16 layers"),
     "host, optimizer": Measured(0.75, "ms a layer", f"{_COMPILED}: 6 ms for 8 layers"),
     "host, rest": Measured(8, "ms", f"{_COMPILED}: embedding, head and loss"),

@@ -10,7 +10,9 @@ Dims: T tokens of a GPU's step, H hidden, V vocabulary, K experts per token.
 from dataclasses import dataclass, replace
 from math import comb
 
+from slipstream.kernels.nvlink_window import half_size
 from slipstream.linear_cross_entropy import CHUNK_TOKENS
+from slipstream.moe.dispatch.nvlink_experts import WORST_CASE_BYTES
 from slipstream.planning.activations import Experts, Layer, Shape
 
 GIB = 2**30
@@ -47,8 +49,9 @@ class Layout:
         lora_rank: of the adapters where they alone train.
         accumulation: micro-batches of an optimizer step.
         compiled: the decoder layers are.
-        dispatcher: "all_to_all" or "all_gather".
+        dispatcher: as in `BackendConfig`; "auto" is what `exchange` says.
         per_host: GPUs of one host.
+        peer_access: they reach each other's memory.
     """
 
     gpus: int = 1
@@ -64,9 +67,17 @@ class Layout:
     accumulation: int = 1
     compiled: bool = True
     fused_loss: bool = True
-    dispatcher: str = "all_to_all"
+    dispatcher: str = "auto"
     reshard_after_forward: bool = True
     per_host: int = 8
+    peer_access: bool = True
+
+    @property
+    def exchange(self) -> str:
+        """The dispatcher that runs."""
+        if self.dispatcher != "auto":
+            return self.dispatcher
+        return "nvlink" if self.peer_access and self.per_host % self.ep_size == 0 else "all_to_all"
 
     @property
     def tokens(self) -> int:
@@ -123,6 +134,9 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
         "expert weights": shape.routed * width / shards,
         "optimizer": _optimizer_bytes(shape, layout) / shards,
     }
+    if layout.ep_size > 1 and layout.exchange == "nvlink" and (experts := _widest_experts(shape)) is not None:
+        size = half_size(layout.ep_size, tokens, experts.hidden, experts.top_k, layout.compute_bytes)
+        steady["exchange areas"] = 2 * size
     if layout.lora_rank is not None:
         steady["adapters"] = 4 * adapter_parameters(shape, layout.lora_rank) / shards
     if width > layout.compute_bytes:
@@ -197,6 +211,11 @@ def ranks_a_token(experts: Experts, ep_size: int) -> float:
     return ep_size * (1 - none_here)
 
 
+def _widest_experts(shape: Shape) -> Experts | None:
+    """Of the layers with experts, those with the widest rows."""
+    return max((layer.experts for layer in shape.layers if layer.experts.number), key=lambda e: e.hidden, default=None)
+
+
 def _moment(name: str, *parts: dict[str, float]) -> Memory:
     total: dict[str, float] = {}
     for group in parts:
@@ -228,16 +247,20 @@ def _kept(layer: Layer, layout: Layout) -> float:
 
 
 def foreign_slots(experts: Experts, layout: Layout) -> int:
-    """Rows that the experts' buffers hold for other ranks' experts: all-gather brings every choice to every rank."""
-    others = layout.ep_size - 1 if layout.dispatcher == "all_gather" else 0
-    return others * layout.tokens * experts.top_k
+    """Rows that the experts' buffers hold for other ranks' experts: all-gather brings every choice to every rank, and
+    over NVLink there is room for every choice while that is not much."""
+    others = (layout.ep_size - 1) * layout.tokens * experts.top_k
+    if layout.exchange == "nvlink":
+        room = (others + layout.tokens * experts.top_k) * experts.up * layout.compute_bytes
+        return others if room <= WORST_CASE_BYTES else 0
+    return others if layout.exchange == "all_gather" else 0
 
 
 def _rows(experts: Experts, layout: Layout) -> float:
     """Rows that a GPU receives from all of its group, itself included."""
     if layout.ep_size == 1 or not experts.number:
         return 0.0
-    if layout.dispatcher == "all_gather":
+    if layout.exchange in ("all_gather", "nvlink"):  # NVLink: room for all of every rank's tokens
         return float(layout.ep_size * layout.tokens)
     return ranks_a_token(experts, layout.ep_size) * layout.tokens
 

@@ -93,6 +93,7 @@ def make_plan(recipe: Recipe, gpus: int, gpu: Gpu) -> Plan:
 
 def plan_layout(model: Model, layout: Layout, gpu: Gpu) -> Plan:
     """Estimate `layout` and search for better ones."""
+    layout = dataclasses.replace(layout, peer_access=gpu.peer_access)
     given = model.estimate(layout, gpu)
     modes = {
         mode: model.estimate(dataclasses.replace(layout, checkpointing=mode), gpu)
@@ -188,7 +189,7 @@ def layout_of(recipe: Recipe, config: PretrainedConfig, gpus: int, notes: list[s
         accumulation=train.gradient_accumulation_steps,
         compiled=backend.get("compile", "auto") != "none",
         fused_loss=backend.get("loss", "auto") != "transformers",
-        dispatcher="all_gather" if backend.get("dispatcher") == "all_gather" else "all_to_all",
+        dispatcher=backend.get("dispatcher", "auto"),
         reshard_after_forward=setup.reshard_after_forward,
     )
     experts = hf.num_routed_experts(config)

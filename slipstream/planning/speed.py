@@ -13,6 +13,7 @@ from slipstream.planning.measured import CONSTANTS
 from slipstream.planning.memory import OPTIMIZERS, Layout, adapter_parameters, foreign_slots, ranks_a_token
 
 _USED = {name: constant.value for name, constant in CONSTANTS.items()}
+_ALL_TO_ALL = "all-to-all in a host"
 
 
 @dataclass(frozen=True)
@@ -128,17 +129,17 @@ def _optimizer_ms(shape: Shape, layout: Layout, bandwidth: float) -> float:
 
 
 def _exchange_ms(layer: Layer, layout: Layout, gpu: Gpu) -> float:
-    """Rows out and back, forward and backward, as nothing runs under them yet."""
+    """Rows out and back, forward and backward, as if nothing ran under them."""
     if layout.ep_size == 1 or not layer.experts.number:
         return 0.0
     spread = ranks_a_token(layer.experts, layout.ep_size)
-    if layout.dispatcher == "all_gather":
+    if layout.exchange == "all_gather":
         spread = layout.ep_size
     row = layer.experts.hidden * layout.compute_bytes
     here = min(layout.per_host, layout.gpus)
     inside = (min(here, layout.ep_size) - 1) / layout.ep_size
     outside = max(0, layout.ep_size - here) / layout.ep_size
-    kind = "all-gather in a host" if layout.dispatcher == "all_gather" else "all-to-all in a host"
+    kind = {"all_gather": "all-gather in a host", "nvlink": "stores over NVLink"}.get(layout.exchange, _ALL_TO_ALL)
     seconds = inside / (gpu.link * _USED[kind]) + outside / (gpu.network * _USED["exchange between hosts"])
     return float(4 * layout.tokens * spread * row * seconds / 1e6)
 
@@ -176,7 +177,7 @@ def _host_ms(shape: Shape, layout: Layout) -> float:
             total -= _USED["host, experts and router"]
             continue
         if layout.ep_size > 1:
-            total += _USED["host, exchange"]
+            total += _USED["host, exchange over NVLink" if layout.exchange == "nvlink" else "host, exchange"]
         if layout.efsdp > 1:
             total += _USED["host, experts under FSDP2"]
     if layout.checkpointing == "full":

@@ -123,12 +123,31 @@ def test_ranks_a_token() -> None:
 
 
 def test_dispatch_buffers(shape: Shape) -> None:
-    one = step_memory(shape, Layout(gpus=8, ep_size=8, micro_batch=4))
+    one = step_memory(shape, Layout(gpus=8, ep_size=8, micro_batch=4, dispatcher="all_to_all"))
     gather = step_memory(shape, Layout(gpus=8, ep_size=8, micro_batch=4, dispatcher="all_gather"))
     rows = 4 * 4096 * ranks_a_token(shape.layers[0].experts, 8) * len(shape.layers)
     assert one.parts["dispatched rows"] * GIB == pytest.approx(2 * 2048 * rows)
     assert gather.parts["dispatched rows"] > one.parts["dispatched rows"]
     assert gather.activations_gib > one.activations_gib
+
+
+def test_room_for_tokens_over_nvlink(shape: Shape) -> None:
+    """Whatever the routing, while that is not much; then for the rows that come."""
+    experts, layers = shape.layers[0].experts, len(shape.layers)
+    layout = Layout(gpus=2, ep_size=2)
+    assert layout.exchange == "nvlink"
+    assert dataclasses.replace(layout, peer_access=False).exchange == "all_to_all"
+    assert dataclasses.replace(layout, gpus=16, ep_size=16).exchange == "all_to_all"
+    few, plain = step_memory(shape, layout), step_memory(shape, dataclasses.replace(layout, dispatcher="all_to_all"))
+    tokens = 2 * 4096 - 4096 * ranks_a_token(experts, 2)
+    more = layers * 2 * (4096 * experts.top_k * experts.up + tokens * experts.hidden)
+    assert (few.activations_gib - plain.activations_gib) * GIB == pytest.approx(more)
+    four = dataclasses.replace(layout, micro_batch=4)
+    many, plain = step_memory(shape, four), step_memory(shape, dataclasses.replace(four, dispatcher="all_to_all"))
+    more = layers * 2 * 4 * tokens * experts.hidden
+    assert (many.activations_gib - plain.activations_gib) * GIB == pytest.approx(more)
+    area = 2 * 4 * 4096 * (2 * experts.hidden + 8 * experts.top_k)
+    assert many.parts["exchange areas"] * GIB == pytest.approx(2 * area)
 
 
 def test_tied_head_has_one_gradient() -> None:
