@@ -209,6 +209,17 @@ def test_ranks_of_a_group_in_a_node(ranks: int, per_node: int, inside: int | Non
     assert ranks_of_group_in_node(ranks, per_node) == inside
 
 
+def _host_syncs(per_node: int) -> tuple[int, int]:
+    test_dispatch.BACKENDS["hierarchical"] = partial(HierarchicalDispatcher, ranks_per_node=per_node)  # type: ignore[assignment]
+    return test_dispatch._host_syncs("hierarchical")
+
+
+@pytest.mark.gpu
+@test_dispatch.two_gpus
+def test_the_host_waits_twice() -> None:
+    assert run_ranks(_host_syncs, 2, 1, backend="nccl") == [(2, 0), (2, 0)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("ranks", "per_node"), [*NODES, (4, 1), (4, 4)])
 def test_nccl(ranks: int, per_node: int) -> None:
