@@ -20,7 +20,14 @@ CHOICES: dict[str, dict[str, str | None]] = {
     },
     "linear": {"auto": None, "torch": None},
     "experts": {"auto": None, "slipstream": None, "transformers": None},
-    "dispatcher": {"auto": None, "local": None, "all_gather": None, "all_to_all": None, "nvlink": None},
+    "dispatcher": {
+        "auto": None,
+        "local": None,
+        "all_gather": None,
+        "all_to_all": None,
+        "hierarchical": None,
+        "nvlink": None,
+    },
     "rms_norm": {"auto": None, "transformers": None},
     "rope": {"auto": None, "transformers": None},
     "loss": {"auto": None, "fused": None, "transformers": None},
@@ -40,8 +47,9 @@ class BackendConfig:
         linear: dense projections.
         experts: the experts' MLP; `transformers` keeps `experts_implementation=`, or else Transformers' default.
         dispatcher: how tokens reach experts on other ranks. `local`: there are none; `all_gather`: every token goes
-            to every rank; `all_to_all`: a token goes to the ranks that hold its experts; `nvlink`: it is stored into
-            their memory, which takes GPUs of one machine that reach each other's (`auto` there).
+            to every rank; `all_to_all`: a token goes to the ranks that hold its experts; `hierarchical`: once to each
+            node, and on to the ranks there (`auto` over several nodes); `nvlink`: it is stored into the ranks' memory,
+            which takes GPUs of one machine that reach each other's (`auto` there).
         rms_norm, rope: normalisation and rotary embedding; fused by compiling the layer around them.
         loss: `fused` never builds the logits (linear cross-entropy in chunks), `transformers` does.
         compile: what `torch.compile` covers: `layers` is each decoder layer, on its first use; `auto` is that on a GPU.

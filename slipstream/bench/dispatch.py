@@ -20,7 +20,14 @@ from slipstream.bench.presets import build_config
 from slipstream.kernels import runs_on
 from slipstream.kernels.nvlink_combine import combine_rows
 from slipstream.kernels.nvlink_dispatch import dispatch_rows
-from slipstream.moe.dispatch import AllGatherDispatcher, AllToAllDispatcher, Dispatcher, NvlinkDispatcher
+from slipstream.moe.dispatch import (
+    AllGatherDispatcher,
+    AllToAllDispatcher,
+    Dispatcher,
+    HierarchicalDispatcher,
+    NvlinkDispatcher,
+    choose,
+)
 from slipstream.moe.dispatch.peers import NoPeerAccessError, peers_of
 from slipstream.moe.routing import sort_by_expert
 from slipstream.planning.flops import top_k
@@ -108,6 +115,11 @@ def _contenders(batch: _Batch, device: torch.device) -> Iterator[tuple[str, str,
         "all_to_all": ("deduplicated", AllToAllDispatcher),
         "all_gather": ("all", AllGatherDispatcher),
     }
+    if choose(batch.ranks)[0] == "hierarchical":
+        own["hierarchical"] = (
+            "deduplicated",
+            HierarchicalDispatcher,
+        )  # the same rows, so that GB/s compare as times do
     yield "nvlink, as in our layer", "deduplicated", partial(_kernels, batch, device)
     for name, (travelling, kind) in own.items():
         yield name, travelling, partial(_dispatcher, batch, kind(batch.local_experts))

@@ -59,7 +59,7 @@ def sum_rows_reference(
     """What `sum_rows` computes, a slot at a time."""
     out_TH = torch.zeros(row_TK.shape[0], rows_RH.shape[1], dtype=torch.float32, device=rows_RH.device)
     last = rows_RH.shape[0] - 1
-    for slot in range(row_TK.shape[1]):
+    for slot in range(row_TK.shape[1] if len(rows_RH) else 0):
         row_T = row_TK[:, slot]
         part_TH = rows_RH[row_T.clamp(max=last)]
         if bias_EH is not None and idx_TK is not None:

@@ -63,7 +63,9 @@ def test_automatic_falls_back_with_one_warning() -> None:
         (2, 2, 2, None, None),
         (4, 8, 8, (0, 1), None),  # the other group's
         (4, 8, 8, (6, 4), "GPU 6 can't reach GPU 4"),
-        (16, 8, 8, None, "16 ranks do not fit into a machine of 8"),
+        (16, 8, 8, None, "2 nodes of 8 ranks: a token crosses the network once for each node it needs"),
+        (12, 8, 8, None, "12 ranks do not fit into a machine of 8"),
+        (2, 1, 1, None, "2 ranks do not fit into a machine of 1"),
         (2, 2, 1, None, "sees 1 of the machine's GPUs"),
         (2, 2, 0, None, "no GPU"),
     ],
@@ -79,7 +81,7 @@ def test_automatic(monkeypatch: Any, ranks: int, local: int, visible: int, cut: 
         assert choice.chosen == "nvlink"
         assert dispatch.exchange_name("auto", choice.chosen) == "slipstream_nvlink_auto"
     else:
-        assert choice.chosen == "all_to_all"
+        assert choice.chosen == ("hierarchical" if "nodes" in expected else "all_to_all")
         assert expected in choice.why
     asked_for = choose_dispatcher(BackendConfig(dispatcher="nvlink"), DistributedSetup(ep_size=ranks))
     assert dispatch.exchange_name("nvlink", asked_for.chosen) == "slipstream_nvlink"

@@ -148,3 +148,5 @@ def test_sum_rows_leaves_out_rows_that_are_not_there() -> None:
     row = torch.tensor([[0, 3], [9, 2]], device=DEVICE)
     assert sum_rows(rows, row, None, torch.float32).tolist() == [[1.0], [4.0]]
     assert sum_rows_reference(rows, row, None, torch.float32).tolist() == [[1.0], [4.0]]
+    assert sum_rows(rows[:0], row, None, torch.float32).tolist() == [[0.0], [0.0]]
+    assert sum_rows_reference(rows[:0], row, None, torch.float32).tolist() == [[0.0], [0.0]]

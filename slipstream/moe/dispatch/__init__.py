@@ -1,5 +1,5 @@
-"""Dispatchers as Transformers' `ep_implementation`s: "slipstream_all_to_all", "slipstream_all_gather" and
-"slipstream_nvlink".
+"""Dispatchers as Transformers' `ep_implementation`s: "slipstream_all_to_all", "slipstream_all_gather",
+"slipstream_hierarchical" and "slipstream_nvlink".
 
 Dims: see base.py.
 """
@@ -16,6 +16,7 @@ from slipstream.moe.activation import activation_name
 from slipstream.moe.dispatch.all_gather import AllGatherDispatcher
 from slipstream.moe.dispatch.all_to_all import AllToAllDispatcher
 from slipstream.moe.dispatch.base import Dispatched, Dispatcher
+from slipstream.moe.dispatch.hierarchical import HierarchicalDispatcher, ranks_in_node, ranks_of_group_in_node
 from slipstream.moe.dispatch.local import LocalDispatcher
 from slipstream.moe.dispatch.nvlink import NvlinkDispatcher
 from slipstream.moe.dispatch.nvlink_experts import nvlink_experts
@@ -30,6 +31,7 @@ __all__ = [
     "AllToAllDispatcher",
     "Dispatched",
     "Dispatcher",
+    "HierarchicalDispatcher",
     "LocalDispatcher",
     "NvlinkDispatcher",
     "choose",
@@ -102,6 +104,12 @@ class AllGatherExchange(_Exchange):
     dispatcher_class = AllGatherDispatcher
 
 
+class HierarchicalExchange(_Exchange):
+    """`DistributedConfig(ep_implementation="slipstream_hierarchical")`."""
+
+    dispatcher_class = HierarchicalDispatcher
+
+
 class NvlinkExchange(_Exchange):
     """`DistributedConfig(ep_implementation="slipstream_nvlink")`: exchange and experts in one operator.
 
@@ -162,6 +170,10 @@ def _warn_once(message: str) -> None:
 
 def choose(ep_size: int) -> tuple[str, str]:
     """What `BackendConfig(dispatcher="auto")` means on this machine, and why; the same on all ranks of a group."""
+    inside = ranks_of_group_in_node(ep_size, ranks_in_node())
+    if inside is not None and 1 < inside < ep_size:
+        nodes = f"{ep_size // inside} nodes of {inside} ranks"
+        return "hierarchical", f"ep_size={ep_size}, {nodes}: a token crosses the network once for each node it needs"
     problem = obstacle(ep_size)
     if problem is None:
         return "nvlink", f"ep_size={ep_size}: GPUs of one machine store a token once on each rank that it needs"
@@ -177,3 +189,4 @@ hf.register_exchange("slipstream_nvlink", NvlinkExchange)
 hf.register_exchange("slipstream_nvlink_auto", AutoExchange)
 hf.register_exchange("slipstream_all_to_all", AllToAllExchange)
 hf.register_exchange("slipstream_all_gather", AllGatherExchange)
+hf.register_exchange("slipstream_hierarchical", HierarchicalExchange)

@@ -3,13 +3,16 @@
 The deduplication is DeepEP's (DeepSeek-AI, github.com/deepseek-ai/DeepEP): for top-8 of 128 experts a quarter of the
 bytes of one row per (token, expert) at 2 ranks, two thirds at 8.
 
-Dims: see base.py. D = min(K, P) ranks that a token can go to at most, S rows sent (pairs of a token and a rank).
+Dims: see base.py, but P counts peers. D = min(K, P) of them that a token can go to at most, S rows sent (pairs of a
+token and a peer).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
@@ -21,18 +24,33 @@ class AllToAllDispatcher(Dispatcher):
     """All-to-all with as many rows as there are.
 
     The host waits for the device once per dispatch, for the sizes; never in combine or backward.
+
+    With `peers`, ascending ranks of the group, this rank only exchanges with those, and expert e is on
+    `peers[e // L]`; each of them has to name the same peers. An id of L*P belongs to no expert of theirs.
     """
+
+    def __init__(
+        self, num_local_experts: int, group: ProcessGroup | None = None, peers: Sequence[int] | None = None
+    ) -> None:
+        """`peers` are all ranks of the group by default."""
+        super().__init__(num_local_experts, group)
+        self.peers = range(dist.get_world_size(group)) if peers is None else peers
 
     def dispatch(self, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> Dispatched:
         """See `Dispatcher.dispatch`."""
         check_inputs(x_TH, idx_TK, weights_TK)
-        plan = _plan(idx_TK, self.num_local_experts, self.group)
+        plan = _plan(idx_TK, self.num_local_experts, self.group, self.peers)
         rows_RH, idx_RK, weights_RK = _Dispatch.apply(x_TH, weights_TK, idx_TK, plan)
         return Dispatched(rows_RH, idx_RK, weights_RK, plan.sizes.num_slots, plan)
 
     def combine(self, rows_RH: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
         """See `Dispatcher.combine`."""
-        return _Combine.apply(rows_RH, dispatched.way_back)
+        return sum_at_origin(rows_RH, dispatched.way_back)
+
+
+def sum_at_origin(rows_RH: torch.Tensor, way_back: Any) -> torch.Tensor:
+    """`AllToAllDispatcher.combine` from the `way_back` of its `Dispatched` alone."""
+    return _Combine.apply(rows_RH, way_back)
 
 
 class _Sizes(NamedTuple):
@@ -51,7 +69,7 @@ class _Plan(NamedTuple):
     token_S = [0, 1, 0, 2]   rows sent, by rank, then by token; S = 4
     peer_S  = [0, 0, 1, 1]   their ranks
     row_TD  = [[0, 2], [1, 4], [3, 4]]   rows of a token by rank; S means none
-    row_TK  = [[2, 0], [1, 1], [3, 3]]   the row in which each expert choice travels
+    row_TK  = [[2, 0], [1, 1], [3, 3]]   the row in which each expert choice travels; S for an id of no expert
     """
 
     token_S: torch.Tensor
@@ -61,16 +79,17 @@ class _Plan(NamedTuple):
     sizes: _Sizes
 
 
-def _plan(idx_TK: torch.Tensor, num_local_experts: int, group: ProcessGroup | None) -> _Plan:
-    """Ask the other ranks how many rows they send, and lay out this rank's. The one host synchronisation."""
-    ranks, (tokens, top_k) = dist.get_world_size(group), idx_TK.shape
+def _plan(idx_TK: torch.Tensor, num_local_experts: int, group: ProcessGroup | None, peers: Sequence[int]) -> _Plan:
+    """Ask the peers how many rows they send, and lay out this rank's. The one host synchronisation."""
+    ranks, (tokens, top_k) = len(peers), idx_TK.shape
     owner_TK = idx_TK // num_local_experts
-    slots_TP = torch.zeros(tokens, ranks, dtype=torch.int64, device=idx_TK.device)
-    slots_TP = slots_TP.scatter_add_(1, owner_TK, torch.ones_like(owner_TK))
+    slots_TP = torch.zeros(tokens, ranks + 1, dtype=torch.int64, device=idx_TK.device)
+    slots_TP = slots_TP.scatter_add_(1, owner_TK, torch.ones_like(owner_TK))[:, :ranks]
     goes_TP = slots_TP > 0
     sent_P2 = torch.stack([goes_TP.sum(dim=0), slots_TP.sum(dim=0)], dim=1)
     received_P2 = torch.empty_like(sent_P2)
-    dist.all_to_all_single(received_P2, sent_P2, group=group)
+    ones = _by_rank([1] * ranks, peers, group)
+    dist.all_to_all_single(received_P2, sent_P2, ones, ones, group=group)
     (sent, _), (received, slots) = torch.stack([sent_P2.t(), received_P2.t()]).tolist()
 
     # A pair's row is the number of pairs before it; nonzero() would synchronise again.
@@ -82,8 +101,18 @@ def _plan(idx_TK: torch.Tensor, num_local_experts: int, group: ProcessGroup | No
     row_TP = row_N.view(ranks, tokens).t()
     row_TD = row_TP.sort(dim=1).values[:, : min(top_k, ranks)].contiguous()
     peer_S, token_S = pair_S // max(tokens, 1), pair_S % max(tokens, 1)
+    row_TK = F.pad(row_TP, (0, 1), value=total).gather(1, owner_TK)
+    sent, received = (_by_rank(rows, peers, group) for rows in (sent, received))
     sizes = _Sizes(sent, received, sum(slots), num_local_experts, group)
-    return _Plan(token_S, peer_S, row_TD, row_TP.gather(1, owner_TK), sizes)
+    return _Plan(token_S, peer_S, row_TD, row_TK, sizes)
+
+
+def _by_rank(counts: list[int], peers: Sequence[int], group: ProcessGroup | None) -> list[int]:
+    """`counts` of the peers for all ranks of the group, 0 for the others."""
+    every = [0] * dist.get_world_size(group)
+    for peer, count in zip(peers, counts, strict=True):
+        every[peer] = count
+    return every
 
 
 class _Dispatch(torch.autograd.Function):
@@ -115,9 +144,11 @@ class _Dispatch(torch.autograd.Function):
             grad_x_TH = sum_rows(_return(grad_RH, ctx.sizes), row_TD, None, grad_RH.dtype)
         if need_weights:
             # A slot's gradient is in the row that went to the owner of its expert; the other rows' are of no use.
+            # Row S is the zeros of a slot without an expert.
             top_k = row_TK.shape[1]
             slot_K = torch.arange(top_k, device=row_TK.device)
-            grad_weights_TK = _return(grad_weights_RK, ctx.sizes).flatten()[row_TK * top_k + slot_K]
+            grad_weights_SK = F.pad(_return(grad_weights_RK, ctx.sizes), (0, 0, 0, 1))
+            grad_weights_TK = grad_weights_SK.flatten()[row_TK * top_k + slot_K]
         return grad_x_TH, grad_weights_TK, None, None
 
 

@@ -17,8 +17,8 @@ class Dispatched:
     """The rows this rank's experts run on, and the way back.
 
     Attributes:
-        rows_RH: tokens of all ranks of the group, each at most once, in the order of the ranks. A row that only pads
-            the shape is zero and belongs to no expert here.
+        rows_RH: tokens of all ranks of the group, each at most once, in the order of the ranks (of the ways that they
+            come, where those have stages). A row that only pads the shape is zero and belongs to no expert here.
         idx_RK: int64 ids of local experts, 0 … L-1; L says 'not on this rank'.
         weights_RK: routing weights, 0 where `idx_RK` is L.
         num_slots: how many of `idx_RK` are local, where the host knows it: most are not, and need no memory then.
