@@ -77,6 +77,8 @@ class Layout:
         """The dispatcher that runs."""
         if self.dispatcher != "auto":
             return self.dispatcher
+        if self.ep_size > self.per_host > 1 and self.ep_size % self.per_host == 0:
+            return "hierarchical"
         return "nvlink" if self.peer_access and self.per_host % self.ep_size == 0 else "all_to_all"
 
     @property

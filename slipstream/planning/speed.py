@@ -136,12 +136,15 @@ def _exchange_ms(layer: Layer, layout: Layout, gpu: Gpu) -> float:
     if layout.exchange == "all_gather":
         spread = layout.ep_size
     row = layer.experts.hidden * layout.compute_bytes
-    here = min(layout.per_host, layout.gpus)
-    inside = (min(here, layout.ep_size) - 1) / layout.ep_size
-    outside = max(0, layout.ep_size - here) / layout.ep_size
+    here = min(layout.per_host, layout.gpus, layout.ep_size)
+    rows_inside = spread * (here - 1) / layout.ep_size
+    rows_outside = spread * (layout.ep_size - here) / layout.ep_size
+    if layout.exchange == "hierarchical":
+        hosts = layout.ep_size // here
+        rows_inside, rows_outside = spread * (here - 1) / here, ranks_a_token(layer.experts, hosts) * (hosts - 1) / hosts
     kind = {"all_gather": "all-gather in a host", "nvlink": "stores over NVLink"}.get(layout.exchange, _ALL_TO_ALL)
-    seconds = inside / (gpu.link * _USED[kind]) + outside / (gpu.network * _USED["exchange between hosts"])
-    return float(4 * layout.tokens * spread * row * seconds / 1e6)
+    seconds = rows_inside / (gpu.link * _USED[kind]) + rows_outside / (gpu.network * _USED["exchange between hosts"])
+    return float(4 * layout.tokens * row * seconds / 1e6)
 
 
 def _gathered_bytes(shape: Shape, layout: Layout) -> float:

@@ -137,7 +137,8 @@ def test_room_for_tokens_over_nvlink(shape: Shape) -> None:
     layout = Layout(gpus=2, ep_size=2)
     assert layout.exchange == "nvlink"
     assert dataclasses.replace(layout, peer_access=False).exchange == "all_to_all"
-    assert dataclasses.replace(layout, gpus=16, ep_size=16).exchange == "all_to_all"
+    assert dataclasses.replace(layout, gpus=16, ep_size=16).exchange == "hierarchical"
+    assert dataclasses.replace(layout, gpus=16, ep_size=16, per_host=1).exchange == "all_to_all"
     few, plain = step_memory(shape, layout), step_memory(shape, dataclasses.replace(layout, dispatcher="all_to_all"))
     tokens = 2 * 4096 - 4096 * ranks_a_token(experts, 2)
     more = layers * 2 * (4096 * experts.top_k * experts.up + tokens * experts.hidden)
