@@ -141,7 +141,10 @@ def _exchange_ms(layer: Layer, layout: Layout, gpu: Gpu) -> float:
     rows_outside = spread * (layout.ep_size - here) / layout.ep_size
     if layout.exchange == "hierarchical":
         hosts = layout.ep_size // here
-        rows_inside, rows_outside = spread * (here - 1) / here, ranks_a_token(layer.experts, hosts) * (hosts - 1) / hosts
+        rows_inside, rows_outside = (
+            spread * (here - 1) / here,
+            ranks_a_token(layer.experts, hosts) * (hosts - 1) / hosts,
+        )
     kind = {"all_gather": "all-gather in a host", "nvlink": "stores over NVLink"}.get(layout.exchange, _ALL_TO_ALL)
     seconds = rows_inside / (gpu.link * _USED[kind]) + rows_outside / (gpu.network * _USED["exchange between hosts"])
     return float(4 * layout.tokens * row * seconds / 1e6)

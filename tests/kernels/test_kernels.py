@@ -24,7 +24,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("z_loss", [0.0, 0.1], ids=["no z-loss", "z-loss"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("rows", [0, 1, 7])
+@pytest.mark.parametrize("rows", [0, 7])
 def test_cross_entropy(rows, dtype, transform, z_loss, scaled) -> None:
     logits = (torch.randn(rows, 300, device=DEVICE) * 3).to(dtype)
     labels = torch.randint(0, 290, (rows,), device=DEVICE)
