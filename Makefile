@@ -1,11 +1,12 @@
 # Everything runs from a bare clone with only python3 (3.11 or newer): each target first makes .venv.
 BIN := .venv/bin
 
-.PHONY: help venv demo test test-serving lint docs bench clean
+.PHONY: help venv demo test test-all test-serving lint docs bench clean
 
 help:
 	@echo "make demo    real weights learn from real conversations on a CPU, in minutes"
 	@echo "make test    lint, types, the docs' links and the CPU tests"
+	@echo "make test-all  the same with the slow tests (some 25 minutes on 2 cores)"
 	@echo "make test-serving   what is saved, served by vLLM on the CPU (its own environment, 3.5 GB)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make docs    the docs as a site, in build/docs; a broken link fails it"
@@ -20,6 +21,9 @@ demo: venv
 
 # One torch thread a worker: small models gain nothing from more, and two workers then share two cores.
 test: lint docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n 2
+
+test-all: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2
 
 test-serving: venv

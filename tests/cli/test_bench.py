@@ -46,6 +46,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
     assert "slipstream" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_ranks_start_from_the_same_weights(tmp_path: Path) -> None:
     """Transformers' FSDP2, its own expert parallelism, and ours: one loss."""
     done = command(*TINY, "--rivals", "transformers,transformers-ep", "--gate", "balanced", "--layers", "2",

@@ -62,6 +62,7 @@ def test_a_leak_between_documents_fails(monkeypatch: pytest.MonkeyPatch) -> None
     assert "leaks" in cell.text
 
 
+@pytest.mark.slow
 def test_expert_parallelism_notices_a_wrong_checkpoint_and_goes_on(tmp_path: Path) -> None:
     for name in ("mixtral", "olmoe"):
         ranks.prepare(tiny_model(name), tmp_path / name)

@@ -144,7 +144,10 @@ def test_auto_on_a_cpu(tmp_path: Path, checkpoint: Path) -> None:
     assert curve(tmp_path / "auto") == curve(tmp_path / "hand")
 
 
-@pytest.mark.parametrize("changes", [{}, {"data": {"packing": True, "max_length": 96}}, {"lora": {"r": 2}}])
+PACKED, LORA = {"data": {"packing": True, "max_length": 96}}, {"lora": {"r": 2}}
+
+
+@pytest.mark.parametrize("changes", [PACKED, *(pytest.param(one, marks=pytest.mark.slow) for one in ({}, LORA))])
 def test_trial_steps_leave_no_trace(
     changes: dict[str, Any], tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
