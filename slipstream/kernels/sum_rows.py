@@ -59,9 +59,11 @@ def sum_rows_reference(
     """What `sum_rows` computes, a slot at a time."""
     out_TH = torch.zeros(row_TK.shape[0], rows_RH.shape[1], dtype=torch.float32, device=rows_RH.device)
     last = rows_RH.shape[0] - 1
-    for slot in range(row_TK.shape[1] if len(rows_RH) else 0):
+    if not len(rows_RH):
+        rows_RH = torch.nn.functional.pad(rows_RH, (0, 0, 0, 1))  # for tokens without any row to point at
+    for slot in range(row_TK.shape[1]):
         row_T = row_TK[:, slot]
-        part_TH = rows_RH[row_T.clamp(max=last)]
+        part_TH = rows_RH[row_T.clamp(max=max(last, 0))]
         if bias_EH is not None and idx_TK is not None:
             part_TH = part_TH.float() + bias_EH[idx_TK[:, slot].clamp(max=bias_EH.shape[0] - 1)]
         part_TH = part_TH.masked_fill((row_T > last)[:, None], 0)

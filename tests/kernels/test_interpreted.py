@@ -17,9 +17,10 @@ FILES = sorted(path for path in Path(__file__).parent.glob("test_*.py") if path 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the other tests run by themselves")
 @pytest.mark.parametrize("file", FILES, ids=[path.stem for path in FILES])
-def test_interpreted(file) -> None:
+def test_interpreted(file, request) -> None:
+    marks = "not gpu and not slow" if "not slow" in request.config.getoption("markexpr") else "not gpu"
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

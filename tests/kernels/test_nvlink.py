@@ -91,9 +91,13 @@ CASES = {
     "wide rows": ([2, 3], 4096 + 40, 2, 2, "random"),
     "9 ranks": ([1, 2, 0, 1, 1, 0, 2, 1, 1], 16, 5, 2, "skewed"),
 }
+SLOW = ("9 ranks", "all to the last", "wide rows")
+EVERY_CASE = [
+    pytest.param(case, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, case in CASES.items()
+]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_dispatch(case) -> None:
     counts, hidden, top_k, experts, routing = case
     dtype = torch.float32 if top_k == 3 else torch.bfloat16
@@ -121,7 +125,7 @@ def _expert_rows(ids: torch.Tensor, experts: int, hidden: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(("biased", "dtype"), [(False, torch.bfloat16), (True, torch.float32)], ids=["plain", "bias"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_combine(case, biased, dtype) -> None:
     counts, hidden, top_k, experts, routing = case
     ranks = Ranks(counts, hidden, top_k, experts, dtype, routing)
@@ -160,7 +164,7 @@ def test_combine(case, biased, dtype) -> None:
     assert not any(ranks.unanswered())
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_gradients_travel(case) -> None:
     """Backward: gradients in place in the area, and a number for each slot beside the rows combined."""
     counts, hidden, top_k, experts, routing = case

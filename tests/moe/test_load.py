@@ -259,9 +259,14 @@ def spread(model_type: str, folder: str, setup: dict, compiled: bool) -> dict:
     return found
 
 
-@pytest.mark.parametrize(
-    ("model_type", "ep_size", "compiled"), [("qwen3_moe", 1, True), ("deepseek_v3", 2, True), ("afmoe", 2, False)]
-)
+SPREAD = [
+    ("qwen3_moe", 1, True),
+    ("afmoe", 2, False),
+    pytest.param("deepseek_v3", 2, True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("model_type", "ep_size", "compiled"), SPREAD)
 def test_two_ranks_see_what_one_sees(model_type, ep_size, compiled, tmp_path) -> None:
     """Each counts its own tokens, by global ids also where it holds half of the experts; biases stay equal."""
     model, ids = tiny_model(model_type, None), tiny_batch()
