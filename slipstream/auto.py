@@ -128,8 +128,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         return accelerate(model, backend=backend, distributed_setup=distributed_setup)
 
 
-_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-                 "trust_remote_code", "code_revision")  # fmt: skip
+_FILE_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_HUB_KEYWORDS = (*_FILE_KEYWORDS, "trust_remote_code", "code_revision")
 
 # With these a checkpoint's weights are Transformers' to read.
 _READ_OTHERWISE = {"quantization_config", "gguf_file", "state_dict", "use_safetensors", "variant", "adapter_kwargs"}
@@ -160,9 +160,6 @@ def _dequantised(
     rest = {key: value for key, value in kwargs.items() if key not in (*_HUB_KEYWORDS, "torch_dtype")}
     tensors = dequantize.open_plain(name, hub, block, dtype, stack)
     return {**rest, "config": config, "dtype": dtype, "state_dict": tensors}
-
-
-_FILE_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def _backend(backend: BackendConfig | Mapping[str, Any] | None, kwargs: dict[str, Any]) -> BackendConfig:

@@ -6,7 +6,7 @@ kernels/nvlink_window.py.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from slipstream import hf
+from slipstream.bench.measure import Clock
 from slipstream.bench.presets import build_config
 from slipstream.kernels import runs_on
 from slipstream.kernels.nvlink_combine import combine_rows
@@ -116,10 +117,8 @@ def _contenders(batch: _Batch, device: torch.device) -> Iterator[tuple[str, str,
         "all_gather": ("all", AllGatherDispatcher),
     }
     if choose(batch.ranks)[0] == "hierarchical":
-        own["hierarchical"] = (
-            "deduplicated",
-            HierarchicalDispatcher,
-        )  # the same rows, so that GB/s compare as times do
+        # The same rows as all_to_all's, so that GB/s compare as times do.
+        own["hierarchical"] = ("deduplicated", HierarchicalDispatcher)
     yield "nvlink, as in our layer", "deduplicated", partial(_kernels, batch, device)
     for name, (travelling, kind) in own.items():
         yield name, travelling, partial(_dispatcher, batch, kind(batch.local_experts))
@@ -202,38 +201,25 @@ def _transformers(batch: _Batch, device: torch.device) -> dict[str, Part]:
 
 
 def _measure(parts: dict[str, Part], wire: int, device: torch.device, iterations: int) -> dict[str, Any]:
-    cuda = device.type == "cuda"
-
-    def mark() -> Any:
-        if not cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    marks, host = [], []
+    clocks, host = [], []
     for iteration in range(5 + iterations):
-        started, found = time.perf_counter(), [mark()]
+        started, clock = time.perf_counter(), Clock(device)
+        clock.mark()
         for name, part in parts.items():
             if name == "backward":
                 launched = time.perf_counter() - started
             part()
-            found.append(mark())
+            clock.mark()
         if iteration >= 5:
-            marks.append(found)
+            clocks.append(clock)
             host.append(launched * 1e3)
-    if cuda:
-        torch.cuda.synchronize()
-    ms = {}
-    for position, name in enumerate(parts):
-        pairs = [(found[position], found[position + 1]) for found in marks]
-        times = [start.elapsed_time(end) if cuda else (end - start) * 1e3 for start, end in pairs]
-        ms[name] = _slowest(times, device)
+    times = zip(*(clock.intervals() for clock in clocks), strict=True)
+    ms = {name: _slowest(found, device) for name, found in zip(parts, times, strict=True)}
     forward = sum(spread["median"] for name, spread in ms.items() if name != "backward")
     return {"ms": ms, "gb_per_s": 2 * wire / forward / 1e6, "host_ms": _slowest(host, device)["median"]}
 
 
-def _slowest(times: list[float], device: torch.device) -> dict[str, float]:
+def _slowest(times: Sequence[float], device: torch.device) -> dict[str, float]:
     """Median, least and most of the rank where the median is the largest."""
     mine = torch.tensor([statistics.median(times), min(times), max(times)], device=device)
     every = _from_all(mine)

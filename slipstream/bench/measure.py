@@ -64,7 +64,7 @@ class Step:
 
     def timed(self) -> dict[str, float]:
         """Run it; milliseconds of each part, by name."""
-        clock = _Clock(self.batch["input_ids"].device)
+        clock = Clock(self.batch["input_ids"].device)
         clock.mark()
         for part in self.parts:
             part()
@@ -72,7 +72,9 @@ class Step:
         return dict(zip(PARTS, clock.intervals(), strict=True))
 
 
-class _Clock:
+class Clock:
+    """Marks points in time, of the device's work on a GPU; `intervals` waits for it: milliseconds between them."""
+
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self.marks: list[Any] = []
@@ -126,7 +128,7 @@ def measure(step: Step, options: Options) -> dict[str, Any]:
 
 
 def _back_to_back(step: Step, steps: int) -> float:
-    clock = _Clock(step.batch["input_ids"].device)
+    clock = Clock(step.batch["input_ids"].device)
     clock.mark()
     for _ in range(steps):
         for part in step.parts:

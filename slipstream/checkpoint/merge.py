@@ -7,7 +7,7 @@ conversion, which only cuts, joins and turns tensors.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,8 @@ def _check_name(recorded: str | None, base: str, folder: Path) -> None:
         )
 
 
-def _weight_files(folder: Path) -> dict[str, list[str]]:
-    """The base's files in their order, with the names of their tensors."""
+def _weight_files(folder: Path) -> dict[str, dict[str, list[int]]]:
+    """The base's files in their order, with the names and shapes of their tensors."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"--into {folder}: no config.json there; name a Hugging Face checkpoint")
     if "quantization_config" in json.loads((folder / "config.json").read_text()):
@@ -154,7 +154,7 @@ def _weight_files(folder: Path) -> dict[str, list[str]]:
         if not (folder / name).is_file():
             raise ValueError(f"--into {folder}: {name} is missing; a checkpoint in safetensors is needed")
         with safe_open(folder / name, "pt") as file:
-            files[name] = list(file.keys())
+            files[name] = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     return files
 
 
@@ -238,7 +238,9 @@ class _Part:
     renamed: dict[str, str]
 
 
-def _owners(model: Any, changes: dict[str, _Change], folder: Path, files: dict[str, list[str]]) -> dict[str, _Part]:
+def _owners(
+    model: Any, changes: dict[str, _Change], folder: Path, files: dict[str, dict[str, list[int]]]
+) -> dict[str, _Part]:
     """Of each of the checkpoint's tensors that changes, the part of the model's parameters that it comes from.
 
     Raises: ValueError where the checkpoint has no such tensor, or of another shape.
@@ -248,7 +250,7 @@ def _owners(model: Any, changes: dict[str, _Change], folder: Path, files: dict[s
     units = [unit for unit in reversal.units(set(parameters)) if any(name in changes for name in unit)]
     held = {name: Holding.of(parameters[name]) for unit in units for name in unit}
     plan = make_plan([held], hf.Reversal(model), lambda _, dtype: dtype, ONE_FILE_BYTES, ONE_FILE_BYTES)
-    home = {key: name for name, keys in files.items() for key in keys}
+    on_disk = {key: shape for shapes in files.values() for key, shape in shapes.items()}
     owners: dict[str, _Part] = {}
     for planned in plan.parts[0]:
         rows = planned.rows
@@ -260,10 +262,7 @@ def _owners(model: Any, changes: dict[str, _Change], folder: Path, files: dict[s
         metas = reversal.convert({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
         for name, meta in metas.items():
             key = part.renamed.get(name, name)
-            shape = None
-            if key in home:
-                with safe_open(folder / home[key], "pt") as file:
-                    shape = file.get_slice(key).get_shape()
+            shape = on_disk.get(key)
             if shape != [*meta.shape]:
                 raise ValueError(
                     f"--into {folder}: the adapter changes {key} {[*meta.shape]}, and the checkpoint has "
@@ -276,7 +275,7 @@ def _owners(model: Any, changes: dict[str, _Change], folder: Path, files: dict[s
 def _merge_file(
     source: Path,
     target: Path,
-    keys: list[str],
+    keys: Iterable[str],
     owners: dict[str, _Part],
     reversal: hf.Reversal,
     changes: dict[str, _Change],

@@ -29,12 +29,14 @@ class AdaptedConfig:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """Attributes:
-    flags: of the experts interface that are not the default.
-    num_experts: the attribute with their number.
-    act_fn: from an experts module to its activation.
-    forward: the module's, as the architecture calls it.
-    block: the forward of the module around it, where that has to change too.
+    """What differs from the experts interface's default.
+
+    Attributes:
+        num_experts: the attribute with their number.
+        is_transposed: the interface's flag.
+        act_fn: from an experts module to its activation.
+        forward: the module's, as the architecture calls it.
+        block: the forward of the module around it, where that has to change too.
     """
 
     num_experts: str = "num_experts"

@@ -10,6 +10,7 @@ Dims: T tokens, H hidden, K experts per token, E experts, R = T * K rows sorted 
 adapter, N = I, or 2I where gate and up are fused. Weights are `[E, in, out]` views, whatever their layout in memory.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def _experts(
     rows_RH = gather_rows(x_TH, routing.slot_R, idx_TK.shape[1], routing.ends_E, up_EHN.dtype)
     hidden_RN = project(rows_RH, up_EHN, up_a_EHr, up_b_ErN, routing.ends_E)
     del rows_RH
-    act_RI = _activate(function_named(activation), hidden_RN, up_bias_EN, routing)
+    act_RI = activate(function_named(activation), hidden_RN, up_bias_EN, routing)
     y_RH = project(act_RI, down_EIH, down_a_EIr, down_b_ErH, routing.ends_E)
     out_TH = sum_rows(y_RH, routing.row_TK, weights_TK, x_TH.dtype, down_bias_EH, idx_TK)
     return out_TH, hidden_RN, *routing
@@ -150,12 +151,12 @@ def _experts_backward(
     grad_RH = gather_rows(grad_TH, route.slot_R, top_k, route.ends_E, down_EIH.dtype)
     # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
     grad_act_RI = project(grad_RH, *_transposed(down_EIH, down_b_ErH, down_a_EIr), route.ends_E)
-    through = _activation_gradients(function_named(activation), hidden_RN, up_bias_EN, route, grad_act_RI, weights_TK)
+    through = activation_gradients(function_named(activation), hidden_RN, up_bias_EN, route, grad_act_RI, weights_TK)
     del grad_act_RI
     if need_weights:
         grads[1] = through.weights_TK
         if down_bias_EH is not None:
-            grads[1] = grads[1] + _bias_products(grad_TH, down_bias_EH, idx_TK).to(grads[1].dtype)
+            grads[1] = grads[1] + bias_products(grad_TH, down_bias_EH, idx_TK).to(grads[1].dtype)
     if need_down:
         grads[3] = weight_grad(through.weighted_RI, grad_RH, route.ends_E, down_EIH)
     if need_down_lora:
@@ -164,7 +165,7 @@ def _experts_backward(
         grads[8], grads[9] = factor_grads(through.weighted_RI, grad_RH, down_a_EIr, down_b_ErH, route.ends_E)
     del grad_RH
     if need_down_bias:
-        grads[5] = _weights_by_expert(weights_TK, idx_TK, down_EIH).t() @ grad_TH.to(down_EIH.dtype)
+        grads[5] = weights_by_expert(weights_TK, idx_TK, down_EIH).t() @ grad_TH.to(down_EIH.dtype)
     if need_up_bias:
         grads[4] = bias_grad(through.hidden_RN, route.ends_E)
     if need_x:
@@ -203,11 +204,7 @@ def _(
 ) -> list[Tensor]:
     inputs = (x_TH, weights_TK, up_EHN, down_EIH, up_bias_EN, down_bias_EH,
               up_a_EHr, up_b_ErN, down_a_EIr, down_b_ErH)  # fmt: skip
-    return [
-        torch.empty_like(tensor) if tensor.dim() == 3 else tensor.new_empty(tensor.shape)
-        for tensor, need in zip(inputs, needs, strict=True)
-        if need and tensor is not None
-    ]
+    return empty_gradients(inputs, needs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -221,16 +218,42 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     *tensors, hidden_RN, slot_R, row_TK, ends_E, expert_R = ctx.saved_tensors
     routing = [slot_R, row_TK, ends_E, expert_R]
+
+    def gradients(needs: list[bool]) -> list[Tensor]:
+        found: list[Tensor] = torch.ops.slipstream.experts_backward(
+            grad_TH, *tensors, ctx.activation, hidden_RN, routing, needs
+        )
+        return found
+
     positions = [position for position in range(len(tensors)) if position != 2]  # the ids have no gradient
+    return needed_gradients(ctx, grad_TH, positions, gradients)
+
+
+def needed_gradients(
+    ctx: Any, grad_TH: Tensor | None, positions: Sequence[int], gradients: Callable[[list[bool]], list[Tensor]]
+) -> tuple[Tensor | None, ...]:
+    """What an operator's autograd backward returns.
+
+    Args:
+        positions: of the inputs that have gradients.
+        gradients: from which of these are needed to the gradients of those alone.
+    """
     needs = [ctx.needs_input_grad[position] for position in positions]
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad_TH is not None and any(needs):
-        grads = iter(
-            torch.ops.slipstream.experts_backward(grad_TH, *tensors, ctx.activation, hidden_RN, routing, needs)
-        )
+        found = iter(gradients(needs))
         for position, need in zip(positions, needs, strict=True):
-            result[position] = next(grads) if need else None
+            result[position] = next(found) if need else None
     return tuple(result)
+
+
+def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """What an operator's fake backward returns: weights keep the layout in memory that they have."""
+    return [
+        torch.empty_like(tensor) if tensor.dim() == 3 else tensor.new_empty(tensor.shape)
+        for tensor, need in zip(inputs, needs, strict=True)
+        if need and tensor is not None
+    ]
 
 
 torch.library.impl("slipstream::experts", "default", _experts)
@@ -243,13 +266,13 @@ def _transposed(weight: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Ten
     return weight.transpose(1, 2), None if a is None else a.transpose(1, 2), None if b is None else b.transpose(1, 2)
 
 
-def _activate(function: Function, hidden_RN: Tensor, bias_EN: Tensor | None, routing: Routing) -> Tensor:
+def activate(function: Function, hidden_RN: Tensor, bias_EN: Tensor | None, routing: Routing) -> Tensor:
     if isinstance(function, Activation):
         return activation_forward(hidden_RN, bias_EN, routing.expert_R, routing.ends_E, function)
     return function(hidden_RN if bias_EN is None else hidden_RN + bias_EN[routing.expert_R])
 
 
-def _activation_gradients(
+def activation_gradients(
     function: Function, hidden_RN: Tensor, bias_EN: Tensor | None, routing: Routing, grad_act: Tensor, weights: Tensor
 ) -> Gradients:
     slot_R, _, ends_E, expert_R = routing
@@ -258,14 +281,14 @@ def _activation_gradients(
     return activation_backward_reference(hidden_RN, bias_EN, expert_R, ends_E, grad_act, slot_R, weights, function)
 
 
-def _bias_products(grad_TH: Tensor, down_bias_EH: Tensor, idx_TK: Tensor) -> Tensor:
+def bias_products(grad_TH: Tensor, down_bias_EH: Tensor, idx_TK: Tensor) -> Tensor:
     """`<grad[t], bias[idx[t, k]]>`, `[T, K]`: what a down projection's bias adds to the routing weights' gradient."""
     products_TE = grad_TH.to(down_bias_EH.dtype) @ down_bias_EH.t()
     elsewhere_TK = idx_TK >= down_bias_EH.shape[0]
     return products_TE.gather(1, idx_TK.masked_fill(elsewhere_TK, 0)).masked_fill(elsewhere_TK, 0)
 
 
-def _weights_by_expert(weights_TK: Tensor, idx_TK: Tensor, down_EIH: Tensor) -> Tensor:
+def weights_by_expert(weights_TK: Tensor, idx_TK: Tensor, down_EIH: Tensor) -> Tensor:
     """The routing weights as a matrix `[T, E]`; one column more takes those of other ranks' experts."""
     experts = down_EIH.shape[0]
     weights_TE = down_EIH.new_zeros(idx_TK.shape[0], experts + 1)

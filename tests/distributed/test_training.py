@@ -13,6 +13,7 @@ from transformers.distributed import DistributedConfig
 import slipstream
 from slipstream import AutoModelForCausalLM, clip_grad_norm_, hf
 from slipstream.compilation import compile_layers
+from slipstream.coverage.compare import worst_gradient
 from tests.distributed.harness import run_ranks
 from tests.tiny_models import tiny_batch, tiny_config, tiny_model
 
@@ -67,13 +68,7 @@ def worker(folder: str, setup: dict[str, Any], backend: dict[str, Any] | None = 
 
 def worst(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
     assert got.keys() == expected.keys()
-    floor = torch.stack([value.abs().max() for value in expected.values()]).median()
-    errors = {
-        name: ((got[name] - value).abs().max() / torch.maximum(value.abs().max(), floor)).item()
-        for name, value in expected.items()
-    }
-    name = max(errors, key=lambda key: errors[key])
-    return errors[name], name
+    return worst_gradient(got, expected)
 
 
 def compare(got: Any, expected: Any) -> None:

@@ -1,6 +1,5 @@
 """How many rows a micro-batch has: found by trial steps that leave no trace."""
 
-import io
 import json
 import os
 import signal
@@ -25,10 +24,9 @@ from slipstream.train.batch_size import (
 )
 from slipstream.train.recipe_file import load_recipe
 from slipstream.train.resume import StoppedBySignal
-from slipstream.train.run import RunResult, run
 from slipstream.train.trainer import SlipstreamTrainer
 from tests.distributed.harness import run_ranks
-from tests.train.tiny_chat import write_recipe
+from tests.train.tiny_chat import fine_tune, write_recipe
 
 
 class Device:
@@ -118,15 +116,6 @@ def test_rows_of_a_step_stay_as_asked(tmp_path: Path, checkpoint: Path) -> None:
         steps(per_device_train_batch_size=4, global_batch_size=30, world_size=2)
     with pytest.raises(ValueError, match=r"global_batch_size=31 is no multiple of 2 \(2 ranks\); use 30 or 32"):
         steps(per_device_train_batch_size="auto", global_batch_size=31, world_size=2)
-
-
-def fine_tune(folder: Path, checkpoint: Path, **changes: Any) -> tuple[RunResult, str]:
-    folder.mkdir(exist_ok=True)
-    screen = io.StringIO()
-    recipe, _ = load_recipe(write_recipe(folder, checkpoint, **changes))
-    result = run(recipe, file=screen)
-    assert result is not None
-    return result, screen.getvalue()
 
 
 def curve(folder: Path) -> list[tuple[Any, ...]]:

@@ -24,22 +24,11 @@ from slipstream.train.progress import ProgressReport, describe
 from slipstream.train.recipe_file import load_recipe
 from slipstream.train.resume import StoppedBySignal
 from slipstream.train.routers import Routers
-from slipstream.train.run import RunResult, run
 from slipstream.train.stopping import EarlyStopping
 from slipstream.train.throughput import flops_per_token, mfu, peak_memory_gib
 from slipstream.train.trainer import SlipstreamTrainer
 from tests.tiny_models import tiny_batch, tiny_config, tiny_model
-from tests.train.tiny_chat import write_recipe
-
-
-def fine_tune(folder: Path, checkpoint: Path, **changes: dict[str, Any]) -> tuple[RunResult, str]:
-    """The run's result and what it printed."""
-    folder.mkdir(exist_ok=True)
-    screen = io.StringIO()
-    recipe, _ = load_recipe(write_recipe(folder, checkpoint, **changes))
-    result = run(recipe, file=screen)
-    assert result is not None
-    return result, screen.getvalue()
+from tests.train.tiny_chat import fine_tune, write_recipe
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """A chat tokenizer, a Mixture-of-Experts checkpoint, conversations and a recipe, all tiny and made on the spot."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+
+from slipstream.train.recipe_file import load_recipe
+from slipstream.train.run import RunResult, run
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -100,3 +104,13 @@ def write_recipe(folder: Path, checkpoint: Path, **changes: dict[str, Any]) -> P
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
+
+
+def fine_tune(folder: Path, checkpoint: Path, **changes: dict[str, Any]) -> tuple[RunResult, str]:
+    """The run's result and what it printed."""
+    folder.mkdir(exist_ok=True)
+    screen = io.StringIO()
+    recipe, _ = load_recipe(write_recipe(folder, checkpoint, **changes))
+    result = run(recipe, file=screen)
+    assert result is not None
+    return result, screen.getvalue()

@@ -22,7 +22,14 @@ from slipstream.kernels.nvlink_combine import combine_rows
 from slipstream.kernels.nvlink_dispatch import dispatch_rows
 from slipstream.moe.activation import function_named
 from slipstream.moe.dispatch.peers import peers_named
-from slipstream.moe.grouped_mlp import _activate, _activation_gradients, _bias_products, _weights_by_expert
+from slipstream.moe.grouped_mlp import (
+    activate,
+    activation_gradients,
+    bias_products,
+    empty_gradients,
+    needed_gradients,
+    weights_by_expert,
+)
 from slipstream.moe.grouped_mm import bias_grad, grouped_mm, weight_grad
 from slipstream.moe.routing import Routing, sort_by_expert
 
@@ -103,7 +110,7 @@ def _experts(
     rows_RH = gather_rows(rows_NH, routing.slot_R, top_k, routing.ends_E, up_EHW.dtype)
     hidden_RW = grouped_mm(rows_RH, up_EHW, routing.ends_E)
     del rows_RH
-    act_RI = _activate(function_named(activation), hidden_RW, up_bias_EW, routing)
+    act_RI = activate(function_named(activation), hidden_RW, up_bias_EW, routing)
     y_RH = grouped_mm(act_RI, down_EIH, routing.ends_E)
     out_TH = torch.empty_like(x_TH)
     mine.enter("combine")
@@ -180,16 +187,16 @@ def _experts_backward(
     grad_RH = gather_rows(grad_NH, route.slot_R, top_k, route.ends_E, down_EIH.dtype)
     # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
     grad_act_RI = grouped_mm(grad_RH, down_EIH.transpose(1, 2), route.ends_E)
-    through = _activation_gradients(function_named(activation), hidden_RW, up_bias_EW, route, grad_act_RI, weights_NK)
+    through = activation_gradients(function_named(activation), hidden_RW, up_bias_EW, route, grad_act_RI, weights_NK)
     del grad_act_RI
     grads_NK = through.weights_TK
     if down_bias_EH is not None:
         # What lies in rows of tokens that did not come is old, and 0 times old need not be 0.
         grad_NH = grad_NH.masked_fill((idx_NK >= experts).all(dim=1, keepdim=True), 0)
         local_NK = idx_NK.long()
-        grads_NK = grads_NK + _bias_products(grad_NH, down_bias_EH, local_NK).to(grads_NK.dtype)
+        grads_NK = grads_NK + bias_products(grad_NH, down_bias_EH, local_NK).to(grads_NK.dtype)
         if need_down_bias:
-            grads[5] = _weights_by_expert(weights_NK, local_NK, down_EIH).t() @ grad_NH.to(down_EIH.dtype)
+            grads[5] = weights_by_expert(weights_NK, local_NK, down_EIH).t() @ grad_NH.to(down_EIH.dtype)
 
     grad_x_TH = torch.empty_like(grad_TH) if need_x or need_weights else None
     grad_weights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format) if need_weights else None
@@ -233,12 +240,7 @@ def _(
     saved: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    inputs = (grad_TH, weights_TK, up_EHW, down_EIH, up_bias_EW, down_bias_EH)
-    return [
-        torch.empty_like(tensor) if tensor.dim() == 3 else tensor.new_empty(tensor.shape)
-        for tensor, need in zip(inputs, needs, strict=True)
-        if need and tensor is not None
-    ]
+    return empty_gradients((grad_TH, weights_TK, up_EHW, down_EIH, up_bias_EW, down_bias_EH), needs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -251,15 +253,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     weights, idx, up, down, up_bias, down_bias, *saved = ctx.saved_tensors
-    positions = (0, 1, 3, 4, 5, 6)
-    needs = [ctx.needs_input_grad[position] for position in positions]
-    result: list[Tensor | None] = [None] * 10
-    if grad_TH is not None and any(needs):
-        inputs = (weights, idx, up, down, up_bias, down_bias, ctx.activation, ctx.peers, ctx.divisor)
-        grads = iter(torch.ops.slipstream.experts_nvlink_backward(grad_TH, *inputs, saved, needs))
-        for position, need in zip(positions, needs, strict=True):
-            result[position] = next(grads) if need else None
-    return tuple(result)
+    inputs = (weights, idx, up, down, up_bias, down_bias, ctx.activation, ctx.peers, ctx.divisor)
+
+    def gradients(needs: list[bool]) -> list[Tensor]:
+        found: list[Tensor] = torch.ops.slipstream.experts_nvlink_backward(grad_TH, *inputs, saved, needs)
+        return found
+
+    return needed_gradients(ctx, grad_TH, (0, 1, 3, 4, 5, 6), gradients)
 
 
 torch.library.register_autograd("slipstream::experts_nvlink", _backward, setup_context=_save)
