@@ -2,7 +2,8 @@
 # The runs of the headline table on NPROC GPUs of one machine (8 by default), about 8 minutes on 8 x H200.
 #   benchmarks/eight_gpus.sh OUTPUT_FOLDER          NPROC=2 benchmarks/eight_gpus.sh … tries it on two
 # Each part leaves OUTPUT_FOLDER/PART.done; run it again and it goes on with what is missing. PARTS="qwen3 exchange"
-# runs only those; SECONDS_LEFT ends it before a part that would not fit. TINY=1: tiny models on the CPU, to try it.
+# runs only those; GATES=learned measures that gate alone; SECONDS_LEFT ends it before a part that would not fit. TINY=1:
+# tiny models on the CPU, to try it.
 set -uo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out="${1:?usage: eight_gpus.sh OUTPUT_FOLDER}"
@@ -56,7 +57,7 @@ curves() {
 export -f ranks save_and_load curves
 export here out nproc python
 
-bench qwen3 200 --model qwen3-30b-a3b "${layers[@]:---layers=0}" --rivals transformers,transformers-ep --gate balanced,learned
+bench qwen3 200 --model qwen3-30b-a3b "${layers[@]:---layers=0}" --rivals transformers,transformers-ep --gate "${GATES:-balanced,learned}"
 bench nemotron 150 --model nemotron-3-nano-30b-a3b "${layers[@]:---layers=0}" --rivals transformers,transformers-ep --gate learned
 bench gpt-oss 120 --model gpt-oss-20b "${layers[@]:---layers=0}" --rivals transformers --gate learned
 bench qwen3-batch4 120 --model qwen3-30b-a3b "${layers[@]:---layers=0}" --micro-batch 4 --activation-checkpointing full \

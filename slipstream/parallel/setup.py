@@ -25,7 +25,8 @@ class DistributedSetup:
         ep_size: ranks that share the experts of a layer; divides the number of experts and the ranks of a replica.
         dp_replicate: replicas of the sharded model (HSDP), the number of nodes for instance.
         tp_size: ranks that share a dense layer, by Transformers' plan for the architecture.
-        reshard_after_forward: free a layer's gathered weights after its forward and gather them again for backward.
+        reshard_after_forward: free a layer's gathered weights after its forward and gather them again for backward;
+            None: only where those of all layers take more than 2 GiB.
         param_dtype: what weights are gathered and computed in ("bfloat16"), None for the dtype they are stored in.
         reduce_dtype: what gradients are reduced in, None for the dtype they have.
         cpu_offload: keep weights, gradients and optimizer states in host memory.
@@ -42,7 +43,7 @@ class DistributedSetup:
     ep_size: int = 1
     dp_replicate: int = 1
     tp_size: int = 1
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | None = None
     param_dtype: str | None = None
     reduce_dtype: str | None = None
     cpu_offload: bool = False
@@ -55,7 +56,7 @@ class DistributedSetup:
             ("activation_checkpointing", CHECKPOINTING),
             ("param_dtype", DTYPES),
             ("reduce_dtype", DTYPES),
-            ("reshard_after_forward", (True, False)),
+            ("reshard_after_forward", (None, True, False)),
             ("cpu_offload", (True, False)),
         ):
             value = getattr(self, name)

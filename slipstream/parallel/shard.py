@@ -6,13 +6,14 @@ hold the same ones (`efsdp`). Runs between the model's construction on the meta 
 so that every rank then reads only what it keeps.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from slipstream import hf, hf_models
@@ -20,6 +21,7 @@ from slipstream.compilation import decoder_layers
 from slipstream.moe.dispatch import GRADIENT_DIVISOR
 from slipstream.moe.foreign import adapt
 from slipstream.parallel.setup import DistributedSetup
+from slipstream.parallel.units import UNIT_PARAMETERS, frees_after_forward, joined
 
 Plan = dict[str, str]
 
@@ -47,11 +49,20 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
     freed, kept = _units(model, fsdp_plan)
     mesh = _data_mesh(meshes, "fsdp", setup)
     policies |= {"shard_placement_fn": _placement(model, setup.fsdp_size), "ignored_params": owned}
-    for module in freed:
-        fully_shard(module, mesh=mesh, reshard_after_forward=setup.reshard_after_forward, **policies)
+    units, frees = _join_layers(freed, decoder_layers(model), owned, setup)
+    embedding: Any = model.get_input_embeddings()
+    for unit in units:
+        alone = unit == [embedding]
+        fully_shard(unit, mesh=mesh, reshard_after_forward=frees or alone, **policies)
+        if alone:
+            embedding.set_unshard_in_backward(False)  # its gradient needs the tokens alone
     # The last norm and the head run back to back, and backward begins with them: one unit.
-    for tail in [kept] if len(kept) == 2 else [[module] for module in kept]:
+    tails = [kept] if len(kept) == 2 else [[module] for module in kept]
+    for tail in tails:
         fully_shard(tail, mesh=mesh, reshard_after_forward=False, **policies)
+    first: Any
+    for (first, *_), (following, *_) in itertools.pairwise([*units, *tails]):
+        first.set_modules_to_forward_prefetch([following])
     fully_shard(model, mesh=mesh, **policies)
     hf.mark_fsdp_managed(model)
     return model
@@ -156,6 +167,30 @@ def _placement(model: Any, ranks: int) -> Callable[[nn.Parameter], Shard | None]
         return Shard(dim) if empty and local.shape[dim] % ranks == 0 else None
 
     return place
+
+
+def _join_layers(
+    modules: list[nn.Module], layers: list[nn.Module], elsewhere: set[nn.Parameter], setup: DistributedSetup
+) -> tuple[list[list[nn.Module]], bool]:
+    """`modules` as units of FSDP2, decoder layers that are small together, and whether they are freed after forward.
+
+    Experts have units of their own by now, or are among the parameters `elsewhere`.
+    """
+    managed = {
+        id(parameter)
+        for module in modules
+        for below in module.modules()
+        if isinstance(below, FSDPModule)
+        for parameter in below.parameters()
+    } | {id(parameter) for parameter in elsewhere}
+    sizes = {
+        id(layer): sum(parameter.numel() for parameter in layer.parameters() if id(parameter) not in managed)
+        for layer in layers
+    }
+    units = joined([sizes.get(id(module), UNIT_PARAMETERS) for module in modules])
+    dtype = getattr(torch, setup.param_dtype) if setup.param_dtype else next(modules[0].parameters()).dtype
+    frees = frees_after_forward(setup.reshard_after_forward, sum(sizes.values()) * dtype.itemsize)
+    return [[modules[position] for position in unit] for unit in units], frees
 
 
 def _units(model: Any, fsdp_plan: Plan) -> tuple[list[nn.Module], list[nn.Module]]:

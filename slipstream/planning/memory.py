@@ -13,6 +13,7 @@ from math import comb
 from slipstream.kernels.nvlink_window import half_size
 from slipstream.linear_cross_entropy import CHUNK_TOKENS
 from slipstream.moe.dispatch.nvlink_experts import WORST_CASE_BYTES
+from slipstream.parallel.units import frees_after_forward, joined
 from slipstream.planning.activations import Experts, Layer, Shape
 
 GIB = 2**30
@@ -68,7 +69,7 @@ class Layout:
     compiled: bool = True
     fused_loss: bool = True
     dispatcher: str = "auto"
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | None = None
     per_host: int = 8
     peer_access: bool = True
 
@@ -144,8 +145,8 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
     if width > layout.compute_bytes:
         # Autocast's copies, which backward needs: an expert's of its owner, a dense weight's whole.
         steady["16-bit copies"] = layout.compute_bytes * (shape.dense + shape.routed / layout.ep_size)
-    if not layout.reshard_after_forward and shards > 1:
-        steady["gathered weights"] = width * shape.dense
+    if shards > 1 and not frees_gathered(shape, layout):
+        steady["gathered weights"] = width * sum(layer.dense for layer in shape.layers)
 
     gradients = [_gradient_bytes(layer.dense + layer.routed, layout) / shards for layer in shape.layers]
     # The head's comes first and the embedding's last, unless they are one.
@@ -172,9 +173,10 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
             },
         )
     ]
+    units = _unit_parameters(shape)
     after_loss = tokens * shape.hidden * layout.compute_bytes
     for number, layer in enumerate(shape.layers):
-        following = shape.layers[number - 1] if number else layer
+        following = max(0, number - 1)
         moments.append(
             _moment(
                 f"the backward of layer {number}",
@@ -184,7 +186,7 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
                     "activations": sum(kept[: number + 1]) + outside,
                     "dispatched rows": sum(sent[: number + 1]),
                     "loss": after_loss,
-                    "gathered weights": _gathered(layer, following, layout),
+                    "gathered weights": _gathered(shape, units, number, following, layout),
                     "backward of a layer": _in_between(layer, layout),
                 },
             )
@@ -286,15 +288,30 @@ def _in_between(layer: Layer, layout: Layout) -> float:
     return largest
 
 
-def _gathered(layer: Layer, following: Layer, layout: Layout) -> float:
-    """FSDP2's buffers: the weights of this layer and the next, its whole gradients, and their copy to be reduced."""
+def frees_gathered(shape: Shape, layout: Layout) -> bool:
+    """Whether FSDP2 frees layers' gathered weights between forward and backward."""
+    every_layer = sum(layer.dense for layer in shape.layers)
+    return frees_after_forward(layout.reshard_after_forward, every_layer * layout.weight_bytes)
+
+
+def _unit_parameters(shape: Shape) -> list[float]:
+    """Of each layer, the dense parameters of the unit that FSDP2 gathers it with."""
+    sizes = [layer.dense for layer in shape.layers]
+    totals = [(unit, sum(sizes[position] for position in unit)) for unit in joined(sizes)]
+    return [total for unit, total in totals for _ in unit]
+
+
+def _gathered(shape: Shape, units: list[float], number: int, following: int, layout: Layout) -> float:
+    """FSDP2's buffers: the weights of a layer's unit and the next, the unit's whole gradients, and their copy to be
+    reduced."""
     if layout.shards == 1:
         return 0.0
-    weights: float = layer.dense + (following.dense if layout.reshard_after_forward else 0)
-    gradients: float = layer.dense
+    weights = units[number] + units[following] if frees_gathered(shape, layout) else 0.0
+    gradients = units[number]
     if layout.efsdp > 1:
-        weights += (layer.routed + following.routed) / layout.ep_size
-        gradients += layer.routed / layout.ep_size
+        layers = shape.layers
+        weights += (layers[number].routed + layers[following].routed) / layout.ep_size
+        gradients += layers[number].routed / layout.ep_size
     return weights * layout.weight_bytes + 2 * _gradient_bytes(gradients, layout)
 
 

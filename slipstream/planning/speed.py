@@ -10,7 +10,14 @@ from slipstream.planning.activations import Layer, Shape
 from slipstream.planning.flops import ForwardFlops
 from slipstream.planning.gpus import Gpu
 from slipstream.planning.measured import CONSTANTS
-from slipstream.planning.memory import OPTIMIZERS, Layout, adapter_parameters, foreign_slots, ranks_a_token
+from slipstream.planning.memory import (
+    OPTIMIZERS,
+    Layout,
+    adapter_parameters,
+    foreign_slots,
+    frees_gathered,
+    ranks_a_token,
+)
 
 _USED = {name: constant.value for name, constant in CONSTANTS.items()}
 _ALL_TO_ALL = "all-to-all in a host"
@@ -154,7 +161,7 @@ def _gathered_bytes(shape: Shape, layout: Layout) -> float:
     """Weights that FSDP2 puts together on a GPU, and whole gradients that it reduces, in a micro-batch."""
     if layout.shards == 1:
         return 0.0
-    gathers = 2 if layout.reshard_after_forward else 1
+    gathers = 2 if frees_gathered(shape, layout) else 1
     reductions = 0 if layout.lora_rank is not None else 1
     split: float = shape.dense
     if layout.efsdp > 1:

@@ -247,7 +247,10 @@ def load_model(prepared: Prepared) -> PreTrainedModel:
         # Every rank draws the same weights.
         torch.manual_seed(prepared.recipe.train.seed)
         kwargs = {**prepared.load_kwargs, "dtype": getattr(torch, prepared.recipe.model.dtype)}
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(prepared.config, **kwargs)
+        # Drawn where it trains: on a host, ten billion weights take minutes.
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+        with torch.device(device):
+            made: PreTrainedModel = AutoModelForCausalLM.from_config(prepared.config, **kwargs)
         return made
     model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **prepared.load_kwargs)
     missing = sorted(info["missing_keys"])

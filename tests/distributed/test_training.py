@@ -123,7 +123,7 @@ def test_layouts(checkpoints: Path, name: str) -> None:
     [
         {"activation_checkpointing": "full"},
         {"activation_checkpointing": "selective"},
-        {"reshard_after_forward": False},
+        {"reshard_after_forward": True},
         {"param_dtype": "float32", "reduce_dtype": "float32"},
     ],
     ids=lambda extra: next(iter(extra.items())).__repr__(),

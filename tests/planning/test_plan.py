@@ -50,7 +50,7 @@ def test_does_not_fit_and_what_does() -> None:
     assert made.nearest is not None
     assert made.nearest.layout == dataclasses.replace(made.given.layout, checkpointing="full")
     said = verdict(made)
-    assert said[0].startswith("does not fit, because a GPU needs 104")
+    assert said[0].startswith("does not fit, because a GPU needs 106")
     assert "and has 79.1 (activations" in said[0]
     assert said[1].startswith("the nearest that fits is ep_size 8, dp_replicate 1, micro-batch 4, checkpointing full")
 
