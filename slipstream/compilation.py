@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Graphs per layer class: its kinds (dense, MoE, sliding window, …), in training and evaluation, for one row and more.
@@ -51,7 +52,15 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     own = type(self).forward
     if kwargs.get("past_key_values") is not None or torch.compiler.is_compiling():
         return own(self, *args, **kwargs)
-    return _compiled(own, self.__dict__[_BACKEND])(self, *args, **kwargs)
+    return _compiled(own, self.__dict__[_BACKEND])(self, *_alike(self, args), **kwargs)
+
+
+def _alike(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """FSDP2 makes a view of what enters a unit, and guards tell views from other tensors: make one for every layer, or
+    the first of a unit has a graph of its own."""
+    if isinstance(layer, FSDPModule) and args and isinstance(args[0], torch.Tensor) and args[0]._base is None:
+        return args[0].view_as(args[0]), *args[1:]
+    return args
 
 
 @functools.cache
