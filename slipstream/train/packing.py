@@ -67,9 +67,11 @@ def check_packing(config: PreTrainedConfig) -> None:
 class Collator(DataCollatorForLanguageModeling):
     """Rows padded to the longest of a batch, as TRL does; packed rows as one row `[1, T]` of always the same length.
 
-    Packed, a batch says where its documents begin (`cu_seq_lens_q` int32 `[N + 1]`, `position_ids` that restart), and
-    the space left over is a document of its own without labels. A document's first token has no label: the token before
-    it is another document's.
+    Packed, a batch says where its documents begin (`cu_seq_lens_q` int32 `[N + 1]`, `position_ids` that restart). The
+    space left over repeats the batch's first tokens, as a document of its own without labels: padding tokens would all
+    go to the same experts, and where their embedding is zero a load-balancing loss sends them gradients that each
+    layer's norms multiply by a thousand (1 / sqrt(eps)), until they overflow. A document's first token has no label:
+    the token before it is another document's.
 
     Attributes:
         max_length: S; packed rows are at most as long.
@@ -88,7 +90,7 @@ class Collator(DataCollatorForLanguageModeling):
             lengths.append(left)
         ends = torch.tensor(lengths).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        input_ids = torch.tensor(ids + [self.pad_token_id] * left)
+        input_ids = torch.tensor((ids * -(-total // len(ids)))[:total])
         labels_T = torch.tensor(labels + [IGNORE] * left)
         labels_T[starts] = IGNORE
         cu_seq_lens = torch.cat([starts, ends[-1:]]).to(torch.int32)

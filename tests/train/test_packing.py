@@ -46,8 +46,8 @@ def test_batches_of_packed_rows_have_one_shape() -> None:
     rows = [{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3], LENGTHS: [2, 1]},
             {"input_ids": [4, 5, 6, 7], "labels": [4, 5, 6, 7], LENGTHS: [4]}]  # fmt: skip
     batch = Collator(pad_token_id=0, max_length=4)(rows)
-    # The space left over comes last, as a document without labels.
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 0]]
+    # The space left over comes last, as a document without labels that repeats the first tokens.
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 1]]
     assert batch["labels"].tolist() == [[IGNORE, 2, IGNORE, IGNORE, 5, 6, 7, IGNORE]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2, 3, 0]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 2, 3, 7, 8]
@@ -57,9 +57,31 @@ def test_batches_of_packed_rows_have_one_shape() -> None:
     assert TOKENS not in batch
     full = Collator(pad_token_id=0, max_length=4)(rows[1:])
     assert full["cu_seq_lens_q"].tolist() == [0, 4]
+    long = Collator(pad_token_id=0, max_length=10)([{"input_ids": [4, 5, 6], "labels": [4, 5, 6], LENGTHS: [3]}])
+    assert long["input_ids"].tolist() == [[4, 5, 6, 4, 5, 6, 4, 5, 6, 4]]
     padded = Collator(pad_token_id=0)([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert count_tokens(padded) == 7
+
+
+def test_space_left_over_sends_no_gradient_astray() -> None:
+    """The gradients of a balanced deep model whose padding is embedded as zeros stay finite."""
+    torch.manual_seed(0)
+    config = tiny_config("qwen3_moe", num_hidden_layers=16, initializer_range=0.16, pad_token_id=0)
+    model = slipstream.AutoModelForCausalLM.from_config(config).train()
+    assert not model.get_input_embeddings().weight[0].any()
+    row = {"input_ids": [*range(1, 25)], "labels": [*range(1, 25)], LENGTHS: [24]}
+    batch = Collator(pad_token_id=0, max_length=32)([row])
+    count_tokens(batch)
+    by_padding = {**batch, "input_ids": batch["input_ids"].clone()}
+    by_padding["input_ids"][0, 24:] = 0
+    norms = []
+    for inputs in (batch, by_padding):
+        model.zero_grad()
+        model(**inputs, output_router_logits=True, use_cache=False).loss.backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    assert norms[0] < 1e3
+    assert not norms[1] < 1e6
 
 
 @pytest.mark.parametrize("attn", ["auto", "slipstream"])
