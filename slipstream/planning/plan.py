@@ -87,7 +87,7 @@ def make_plan(recipe: Recipe, gpus: int, gpu: Gpu) -> Plan:
     layout = layout_of(recipe, config, gpus, notes)
     model = describe_model(recipe.model.name_or_path or recipe.model.config or "", config, layout.seq_len)
     if recipe.lora is not None:
-        model = dataclasses.replace(model, shape=_adapted(model.shape, recipe.lora))
+        model = dataclasses.replace(model, shape=adapted(model.shape, recipe.lora))
     return dataclasses.replace(plan_layout(model, layout, gpu), notes=tuple(notes))
 
 
@@ -206,7 +206,7 @@ def layout_of(recipe: Recipe, config: PretrainedConfig, gpus: int, notes: list[s
     return layout
 
 
-def _adapted(shape: Shape, lora: LoraSection) -> Shape:
+def adapted(shape: Shape, lora: LoraSection) -> Shape:
     """`shape` with only those linear layers that LoRA adapts, by PEFT's rules for `target_modules`; a layer's adapted
     experts count as one of them."""
     targets = lora.target_modules
