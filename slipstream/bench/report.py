@@ -1,6 +1,7 @@
 """From the runs to the figures, and the figures as data, a table in the terminal, Markdown and files."""
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -118,11 +119,13 @@ def _problems(rows: list[dict[str, Any]]) -> list[str]:
                 f"{who}: first loss {row['first_loss']:.4f}, but {base['first_loss']:.4f} in {base['contender']}: "
                 "they do not compute the same, so their times do not compare"
             )
+        if not math.isfinite(row["last_loss"]):
+            problems.append(f"{who}: the last loss is {row['last_loss']}: steps of that do not compare")
     return problems
 
 
 def failed(report: dict[str, Any]) -> bool:
-    """Whether the run proves nothing: Slipstream failed, or losses disagree."""
+    """Whether the run proves nothing: Slipstream failed, or losses disagree or are not finite."""
     ours = any(row["failures"] for row in report["rows"] if row["contender"] == OURS)
     return ours or any("do not compare" in problem for problem in report["problems"])
 

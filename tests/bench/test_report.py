@@ -56,6 +56,12 @@ def test_repeats_are_taken_together() -> None:
     assert theirs["peak_gib"] == 80
 
 
+def test_a_loss_that_is_no_number_fails_the_run() -> None:
+    found = report([RUNS[0], {**RUNS[1], "last_loss": float("nan")}])
+    assert found["problems"] == ["slipstream, learned gate: the last loss is nan: steps of that do not compare"]
+    assert failed(found)
+
+
 def test_losses_that_disagree_fail_the_run() -> None:
     found = report([RUNS[0], run("slipstream", "learned", 0.5, loss=12.1)])
     assert failed(found)
