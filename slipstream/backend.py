@@ -27,12 +27,18 @@ CHOICES: dict[str, dict[str, str | None]] = {
         "all_to_all": None,
         "hierarchical": None,
         "nvlink": None,
+        "deepep": "deep_ep",
     },
     "rms_norm": {"auto": None, "transformers": None},
     "rope": {"auto": None, "transformers": None},
     "loss": {"auto": None, "fused": None, "transformers": None},
     "compile": {"auto": None, "layers": None, "none": None},
     "gate": {"learned": None, "balanced": None},
+}
+
+# Where a package is from, where its name does not say.
+HOW_TO_GET = {
+    "deep_ep": "build it from github.com/deepseek-ai/DeepEP, or `pip install sgl-deep-ep` where a wheel fits your torch"
 }
 
 
@@ -49,7 +55,7 @@ class BackendConfig:
         dispatcher: how tokens reach experts on other ranks. `local`: there are none; `all_gather`: every token goes
             to every rank; `all_to_all`: a token goes to the ranks that hold its experts; `hierarchical`: once to each
             node, and on to the ranks there (`auto` over several nodes); `nvlink`: it is stored into the ranks' memory,
-            which takes GPUs of one machine that reach each other's (`auto` there).
+            which takes GPUs of one machine that reach each other's (`auto` there); `deepep`: DeepEP's kernels, in bf16.
         rms_norm, rope: normalisation and rotary embedding; fused by compiling the layer around them.
         loss: `fused` never builds the logits (linear cross-entropy in chunks), `transformers` does.
         compile: what `torch.compile` covers: `layers` is each decoder layer, on its first use; `auto` is that on a GPU.
@@ -81,7 +87,7 @@ class BackendConfig:
                 works = [repr(name) for name, needs in values.items() if needs is None]
                 raise ImportError(
                     f"BackendConfig({operation}={value!r}) needs the package {package!r}, which is not installed: "
-                    f"install it, or use one of {', '.join(works)}"
+                    f"{HOW_TO_GET.get(package, 'install it')}, or use one of {', '.join(works)}"
                 )
         if self.gate == "balanced" and self.experts not in ("auto", "slipstream"):
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from slipstream import hf
+from slipstream.backend import is_installed
 from slipstream.bench.measure import Clock
 from slipstream.bench.presets import build_config
 from slipstream.kernels import runs_on
@@ -24,11 +25,13 @@ from slipstream.kernels.nvlink_dispatch import dispatch_rows
 from slipstream.moe.dispatch import (
     AllGatherDispatcher,
     AllToAllDispatcher,
+    DeepEPDispatcher,
     Dispatcher,
     HierarchicalDispatcher,
     NvlinkDispatcher,
     choose,
 )
+from slipstream.moe.dispatch.deepep import free_buffers
 from slipstream.moe.dispatch.peers import NoPeerAccessError, peers_of
 from slipstream.moe.routing import sort_by_expert
 from slipstream.planning.flops import top_k
@@ -104,8 +107,9 @@ def bench_dispatch(
             wire = batch.rows[travelling] * hidden * batch.x_TH.element_size()
             try:
                 rows.append({**about, "wire_bytes": wire, **_measure(make(), wire, device, iterations)})
-            except NoPeerAccessError as error:
+            except (NoPeerAccessError, ImportError, ValueError) as error:  # the same on all ranks
                 rows.append({**about, "error": str(error)})
+    free_buffers()
     return rows
 
 
@@ -119,9 +123,11 @@ def _contenders(batch: _Batch, device: torch.device) -> Iterator[tuple[str, str,
     if choose(batch.ranks)[0] == "hierarchical":
         # The same rows as all_to_all's, so that GB/s compare as times do.
         own["hierarchical"] = ("deduplicated", HierarchicalDispatcher)
+    if is_installed("deep_ep"):
+        own["deepep"] = ("deduplicated", DeepEPDispatcher)
     yield "nvlink, as in our layer", "deduplicated", partial(_kernels, batch, device)
     for name, (travelling, kind) in own.items():
-        yield name, travelling, partial(_dispatcher, batch, kind(batch.local_experts))
+        yield name, travelling, partial(_dispatcher, batch, kind)
     yield "transformers all_to_all", "each expert", partial(_transformers, batch, device)
 
 
@@ -163,7 +169,8 @@ def _kernels(batch: _Batch, device: torch.device) -> dict[str, Part]:
     return {"dispatch": dispatch, "combine": lambda: combine_with(weights_NS=weights_NK), "backward": backward}
 
 
-def _dispatcher(batch: _Batch, dispatcher: Dispatcher) -> dict[str, Part]:
+def _dispatcher(batch: _Batch, kind: type[Dispatcher]) -> dict[str, Part]:
+    dispatcher = kind(batch.local_experts)
     state: dict[str, Any] = {}
 
     def dispatch() -> None:

@@ -24,7 +24,8 @@ OPTIONAL = (
     (None, ("flash-attn-4",), "allows `BackendConfig(attn='flash_attention_4')`; not measured here"),
     ("liger_kernel", ("liger-kernel",), "nothing: norms and RoPE are compiled into the layers and the loss is our own; "
      "`slipstream bench --rivals transformers-liger` compares"),
-    ("deep_ep", ("deep_ep", "sgl-deep-ep"), "nothing: the exchange between ranks is our own"),
+    ("deep_ep", ("deep_ep", "sgl-deep-ep"), "allows `BackendConfig(dispatcher='deepep')`; the default exchange "
+     "is our own; not measured here"),
     ("quack", ("quack-kernels",), "nothing yet: the experts run on PyTorch's grouped GEMM"),
     ("transformer_engine", ("transformer-engine",), "nothing: no FP8 training"),
 )  # fmt: skip

@@ -137,9 +137,14 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
         "expert weights": shape.routed * width / shards,
         "optimizer": _optimizer_bytes(shape, layout) / shards,
     }
-    if layout.ep_size > 1 and layout.exchange == "nvlink" and (experts := _widest_experts(shape)) is not None:
-        size = half_size(layout.ep_size, tokens, experts.hidden, experts.top_k, layout.compute_bytes)
-        steady["exchange areas"] = 2 * size
+    if layout.ep_size > 1 and (experts := _widest_experts(shape)) is not None:
+        if layout.exchange == "nvlink":
+            size = half_size(layout.ep_size, tokens, experts.hidden, experts.top_k, layout.compute_bytes)
+            steady["exchange areas"] = 2 * size
+        if layout.exchange == "deepep":
+            # What DeepEP says it wants within a node, for 10 channels of 256 rows, and its workspace.
+            row = experts.hidden * layout.compute_bytes + 128 * (8 + 4 + 4)
+            steady["exchange areas"] = 10 * min(layout.ep_size, 8) * 256 * row + (32 << 20)
     if layout.lora_rank is not None:
         steady["adapters"] = 4 * adapter_parameters(shape, layout.lora_rank) / shards
     if width > layout.compute_bytes:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from slipstream.backend import is_installed
 from slipstream.bench.dispatch import ROUTINGS, bench_dispatch
 from tests.distributed.harness import run_ranks
 
-CONTENDERS = ["nvlink, as in our layer", "nvlink, any experts", "all_to_all", "all_gather", "transformers all_to_all"]
+OURS = ["nvlink, as in our layer", "nvlink, any experts", "all_to_all", "all_gather"]
+CONTENDERS = [*OURS, *(["deepep"] if is_installed("deep_ep") else []), "transformers all_to_all"]
 TOKENS, HIDDEN, TOP_K, RANKS = 32, 64, 2, 2
 
 

@@ -16,8 +16,10 @@ from slipstream.moe.dispatch import AllGatherDispatcher, AllToAllDispatcher, Dis
 from slipstream.moe.dispatch.base import keep_local, pack_routes, unpack_routes
 from slipstream.moe.reference import experts_reference
 from tests.distributed.harness import run_ranks
+from tests.distributed.stand_in_deep_ep import StandInDispatcher
 
-BACKENDS: dict[str, type[Dispatcher]] = {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}
+OURS: dict[str, type[Dispatcher]] = {"all_to_all": AllToAllDispatcher, "all_gather": AllGatherDispatcher}
+BACKENDS = OURS | {"deepep": StandInDispatcher}
 EVEN = {2: (7, 7), 4: (5, 5, 5, 5)}
 RAGGED = {2: (9, 4), 4: (3, 11, 1, 6)}
 EMPTY_RANK = {2: (0, 8), 4: (6, 0, 5, 0)}
@@ -172,6 +174,8 @@ def test_activation_checkpointing(backend: str) -> None:
             ["all_gather_into_tensor"] * 3
             + ["all_to_all_single", "all_gather_into_tensor", "all_to_all_single", "all_to_all_single"],
         ),
+        # the stand-in's: sizes, rows, ids, weights; rows back | gradients there; gradients of rows and weights back
+        ("deepep", ["all_to_all_single"] * 8),
     ],
 )
 def test_collectives_do_not_depend_on_the_routing(backend: str, expected: list[str]) -> None:
@@ -235,14 +239,14 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPU
 
 @pytest.mark.gpu
 @two_gpus
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OURS)
 def test_the_host_waits_once(backend: str) -> None:
     assert run_ranks(_host_syncs, 2, backend, backend="nccl") == [(1, 0), (1, 0)]
 
 
 @pytest.mark.gpu
 @two_gpus
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("counts", [RAGGED, EMPTY_RANK, ALL_EMPTY], ids=["ragged", "empty_rank", "all_empty"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_nccl(backend: str, counts: dict[int, tuple[int, ...]], dtype: torch.dtype, tolerance: float) -> None:

@@ -13,6 +13,7 @@ from transformers.distributed.expert_parallel import EPImplementationInterface
 
 import slipstream
 from slipstream import hf
+from tests.distributed import stand_in_deep_ep
 from tests.distributed.harness import run_ranks
 from tests.tiny_models import tiny_batch, tiny_model
 
@@ -54,6 +55,8 @@ def _step(
     """One forward and backward of a plain loop; the loss's and each gradient's distance from one process."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     transformers.logging.set_verbosity_error()
+    if dispatcher == "deepep":
+        stand_in_deep_ep.install()
     config = DistributedConfig(
         fsdp_size=ranks // replicas,
         dp_replicate_size=replicas,
@@ -121,7 +124,11 @@ def test_two_replicas(checkpoints: Any, architecture: str) -> None:
     _check(checkpoints(architecture, 4), 4, 2, "all_to_all", replicas=2)
 
 
-@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_loss_and_every_gradient_through_deepep(checkpoints: Any) -> None:
+    _check(checkpoints("qwen3_moe", 2), 2, 2, "deepep")
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather", "deepep"])
 def test_gradient_checkpointing(checkpoints: Any, dispatcher: str) -> None:
     _check(checkpoints("qwen3_moe", 4), 4, 2, dispatcher, checkpointing=True)
 

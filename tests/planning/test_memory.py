@@ -129,6 +129,10 @@ def test_dispatch_buffers(shape: Shape) -> None:
     assert one.parts["dispatched rows"] * GIB == pytest.approx(2 * 2048 * rows)
     assert gather.parts["dispatched rows"] > one.parts["dispatched rows"]
     assert gather.activations_gib > one.activations_gib
+    # DeepEP receives the same rows, through areas of a fixed size.
+    deepep = step_memory(shape, Layout(gpus=8, ep_size=8, micro_batch=4, dispatcher="deepep"))
+    assert deepep.activations_gib == one.activations_gib
+    assert (deepep.peak_gib - one.peak_gib) * GIB == pytest.approx(20480 * (2 * 2048 + 2048) + 2**25)
 
 
 def test_room_for_tokens_over_nvlink(shape: Shape) -> None:

@@ -1,5 +1,5 @@
 """Dispatchers as Transformers' `ep_implementation`s: "slipstream_all_to_all", "slipstream_all_gather",
-"slipstream_hierarchical" and "slipstream_nvlink".
+"slipstream_hierarchical", "slipstream_nvlink" and "slipstream_deepep".
 
 Dims: see base.py.
 """
@@ -16,6 +16,7 @@ from slipstream.moe.activation import activation_name
 from slipstream.moe.dispatch.all_gather import AllGatherDispatcher
 from slipstream.moe.dispatch.all_to_all import AllToAllDispatcher
 from slipstream.moe.dispatch.base import Dispatched, Dispatcher
+from slipstream.moe.dispatch.deepep import DeepEPDispatcher
 from slipstream.moe.dispatch.hierarchical import HierarchicalDispatcher, ranks_in_node, ranks_of_group_in_node
 from slipstream.moe.dispatch.local import LocalDispatcher
 from slipstream.moe.dispatch.nvlink import NvlinkDispatcher
@@ -29,6 +30,7 @@ __all__ = [
     "GRADIENT_DIVISOR",
     "AllGatherDispatcher",
     "AllToAllDispatcher",
+    "DeepEPDispatcher",
     "Dispatched",
     "Dispatcher",
     "HierarchicalDispatcher",
@@ -108,6 +110,12 @@ class HierarchicalExchange(_Exchange):
     """`DistributedConfig(ep_implementation="slipstream_hierarchical")`."""
 
     dispatcher_class = HierarchicalDispatcher
+
+
+class DeepEPExchange(_Exchange):
+    """`DistributedConfig(ep_implementation="slipstream_deepep")`. Raises as `DeepEPDispatcher` does."""
+
+    dispatcher_class = DeepEPDispatcher
 
 
 class NvlinkExchange(_Exchange):
@@ -190,3 +198,4 @@ hf.register_exchange("slipstream_nvlink_auto", AutoExchange)
 hf.register_exchange("slipstream_all_to_all", AllToAllExchange)
 hf.register_exchange("slipstream_all_gather", AllGatherExchange)
 hf.register_exchange("slipstream_hierarchical", HierarchicalExchange)
+hf.register_exchange("slipstream_deepep", DeepEPExchange)
