@@ -348,8 +348,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _trains_predictions_whole(self) -> "Recipe":
-        if self.train.mtp_loss_weight and (self.lora or self.distributed):
-            other = "lora" if self.lora else "distributed"
+        if self.train.mtp_loss_weight and (self.lora or self.distributed.get("tp_size", 1) > 1):
+            other = "lora" if self.lora else "distributed.tp_size"
             raise ValueError(f"train.mtp_loss_weight does not go together with {other} yet; leave one out")
         return self
 
