@@ -280,6 +280,9 @@ class LoraSection(Section):
     alpha_pattern: dict[str, float] = Field({}, description="Name -> a lora_alpha of its own.")
     modules_to_save: list[str] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
+    share_experts: bool = Field(
+        False, description="One pair of factors for all experts of a projection, instead of one for each."
+    )
     use_rslora: bool = False
     use_dora: bool = False
 
