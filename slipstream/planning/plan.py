@@ -219,9 +219,10 @@ def adapted(shape: Shape, lora: LoraSection) -> Shape:
     parameters = lora.target_parameters or ()
     for number, layer in enumerate(shape.layers):
         experts = layer.experts
+        pairs = 1 if lora.share_experts else experts.number
         for name, inputs, outputs in (("up", experts.hidden, experts.up), ("down", experts.inner, experts.hidden)):
             if parameters == ALL_EXPERTS or any(f"{name}_proj" in given for given in parameters):
-                kept.append(Linear(f"{number}.experts.{name}_proj", experts.number * inputs, experts.number * outputs))
+                kept.append(Linear(f"{number}.experts.{name}_proj", pairs * inputs, pairs * outputs))
     if not kept:
         raise ValueError(f"lora.target_modules={targets}: matches no linear layer of the model")
     return dataclasses.replace(shape, linears=tuple(kept))

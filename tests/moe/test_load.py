@@ -150,6 +150,7 @@ def test_health() -> None:
 def test_layer_names() -> None:
     assert layer_name("model.layers.12.mlp.experts") == "12"
     assert layer_name("base_model.model.model.layers.3.mlp.experts.base_layer") == "3"
+    assert layer_name("mtp.layers.1.mtp_block.mlp.experts") == "mtp 1"
     assert layer_name("experts") == "experts"
 
 
