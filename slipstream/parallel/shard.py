@@ -36,7 +36,7 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
         ep_plan: module or parameter name -> style; the experts are "ep_dispatch_experts".
     """
     policies = _policies(setup)
-    owned = _experts_of_one_owner(model, meshes, ep_plan) if _stay_put(setup) else set()
+    owned = _experts_of_one_owner(model, meshes, ep_plan) if stay_put(setup) else set()
     if setup.ep_size > 1 and not owned:
         mesh = _data_mesh(meshes, "efsdp", setup)
         place = _placement(model, setup.efsdp_size)
@@ -74,7 +74,7 @@ def plan_experts(model: Any, ep_size: int) -> Plan:
     return hf_models.experts_plan(model) if ep_size > 1 else {}
 
 
-def _stay_put(setup: DistributedSetup) -> bool:
+def stay_put(setup: DistributedSetup) -> bool:
     """Whether each expert has one owner and FSDP2 nothing to do for it: no other rank or replica holds it, and it is
     neither cast nor offloaded."""
     one_owner = setup.ep_size > 1 and setup.efsdp_size == 1 and setup.replicas == 1

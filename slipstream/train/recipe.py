@@ -282,6 +282,9 @@ class LoraSection(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
+    load_in_4bit: bool = Field(
+        False, description="QLoRA: the experts' own weights are stored in NF4; everything else keeps its dtype."
+    )
 
 
 class CheckpointSection(Section):

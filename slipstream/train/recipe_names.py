@@ -61,8 +61,7 @@ HINTS = {
     "deepspeed": "the section `distributed` says how the model is spread over ranks",
     "fsdp": "the section `distributed` says how the model is spread over ranks",
     "template": "the tokenizer's own chat template is used; data.chat_template names a file that replaces it",
-    "load_in_4bit": "quantised base weights are not supported; leave it out",
-    "load_in_8bit": "quantised base weights are not supported; leave it out",
+    "load_in_8bit": "experts are stored in 4 bits or whole: lora.load_in_4bit, or leave it out",
 }  # fmt: skip
 
 
