@@ -69,7 +69,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         if load_in_4bit:
             if "quantization_config" in kwargs:
                 raise ValueError("load_in_4bit and quantization_config: weights are quantised once; leave one out")
-            quantization.check(config, setup, backend)
+            quantization.check(config, backend, setup if distributed_setup is not None else None)
         if distributed_setup is not None:
             assert config is not None
             setup.check(hf.num_routed_experts(config))
@@ -130,7 +130,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         if distributed_setup is not None:
             setup.check(hf.num_routed_experts(config))
         if load_in_4bit:
-            quantization.check(config, setup, backend)
+            quantization.check(config, backend, setup if distributed_setup is not None else None)
         # A copy, because the config carries the choice of experts and attention to whatever model shares it.
         build = partial(super().from_config, copy.deepcopy(config), **kwargs)
         if distributed_setup is None or setup.ranks == 1:

@@ -20,8 +20,12 @@ from slipstream.parallel.setup import DistributedSetup
 from slipstream.parallel.shard import stay_put
 
 
-def check(config: Any, setup: DistributedSetup, backend: BackendConfig) -> None:
-    """Raise ValueError where `load_in_4bit` cannot be had, before anything is loaded."""
+def check(config: Any, backend: BackendConfig, setup: DistributedSetup | None) -> None:
+    """Raise ValueError where `load_in_4bit` cannot be had, before anything is loaded.
+
+    Args:
+        setup: how the model is spread over ranks, if it is.
+    """
     if hf.num_routed_experts(config) is None:
         raise ValueError(
             f"load_in_4bit: {type(config).__name__} describes a dense model, and it is experts that are stored in 4 "
@@ -29,12 +33,7 @@ def check(config: Any, setup: DistributedSetup, backend: BackendConfig) -> None:
         )
     if backend.experts == "transformers":
         raise ValueError("load_in_4bit: experts='transformers' reads whole weights; use experts='auto'")
-    check_setup(setup)
-
-
-def check_setup(setup: DistributedSetup) -> None:
-    """Raise ValueError where experts have more than one owner."""
-    if setup.ranks > 1 and not stay_put(setup):
+    if setup is not None and setup.ranks > 1 and not stay_put(setup):
         raise ValueError(
             f"load_in_4bit: packed experts stay with one rank and are not sharded by FSDP2, so on {setup.ranks} ranks "
             f"use ep_size={setup.ranks} with dp_replicate=1, and neither param_dtype nor cpu_offload (given "

@@ -1,10 +1,15 @@
 """What slipstream/hf_models.py relies on in Transformers. A failure here means that upstream moved something."""
 
 import inspect
+import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from transformers import core_model_loading
 
 from slipstream import hf_models
 from slipstream.moe import foreign
@@ -31,6 +36,28 @@ def test_experts_are_split_as_their_own_plans_say() -> None:
     assert foreign.adapt(dbrx)
     with pytest.raises(ValueError, match="leave ep_size out"):
         hf_models.experts_plan(dbrx)
+
+
+def test_parameters_are_seen_one_after_the_other_while_they_are_read(tmp_path: Path, monkeypatch) -> None:
+    tiny_model("qwen3_moe", None).save_pretrained(tmp_path)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "0")
+    seen, ahead = [], []
+
+    def observe(model: Any, name: str) -> None:
+        seen.append(name)
+        assert model.get_parameter(name).device.type == "cpu"
+        ahead.append(sum(parameter.device.type != "meta" for parameter in model.parameters()) - len(seen))
+
+    with hf_models.observing_loaded(observe):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sorted(seen) == sorted(name for name, _ in model.named_parameters())
+    assert set(ahead) == {0}
+    assert os.environ["HF_DEACTIVATE_ASYNC_LOAD"] == "0"
+    count = len(seen)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(seen) == count
+    source = inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model)
+    assert 'is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD")' in source
 
 
 def test_merged_parameters() -> None:

@@ -196,7 +196,7 @@ def layout_of(recipe: Recipe, config: PretrainedConfig, gpus: int, notes: list[s
     )
     experts = hf.num_routed_experts(config)
     if layout.load_in_4bit:
-        quantization.check(config, DistributedSetup(), BackendConfig.of(backend))
+        quantization.check(config, BackendConfig.of(backend), None)
     if gpus % layout.dp_replicate:
         raise ValueError(f"distributed.dp_replicate={layout.dp_replicate} does not divide {gpus} GPUs; use a divisor")
     works = list(_expert_parallel(experts, layout))

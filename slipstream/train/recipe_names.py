@@ -55,7 +55,7 @@ ALIASES_AT_TOP = {"seed": "train.seed"}
 # What has no key of ours, and what to do instead.
 HINTS = {
     "_target_": "a recipe names no Python classes; leave it out",
-    "adapter": "a section `lora:`, empty or not, turns LoRA on",
+    "adapter": "a section `lora:`, empty or not, turns LoRA on; with load_in_4bit it is QLoRA",
     "finetuning_type": "a section `lora:`, empty or not, turns LoRA on",
     "peft": "a section `lora:`, empty or not, turns LoRA on",
     "deepspeed": "the section `distributed` says how the model is spread over ranks",

@@ -226,7 +226,7 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
         check_setup(setup, config)
         load_kwargs["distributed_setup"] = recipe.distributed
     if recipe.lora is not None and recipe.lora.load_in_4bit:
-        quantization.check(config, setup, BackendConfig.of(section.backend))
+        quantization.check(config, BackendConfig.of(section.backend), setup)
         load_kwargs["load_in_4bit"] = True
     if recipe.data.chat_template is not None:
         tokenizer.chat_template = Path(recipe.data.chat_template).read_text(encoding="utf-8")
