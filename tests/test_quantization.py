@@ -14,6 +14,7 @@ from slipstream.adapters import all_experts
 from slipstream.compilation import compile_layers
 from slipstream.moe.experts import projection_names
 from slipstream.moe.packed import Placeholder, unpacked
+from slipstream.quantization import quantize_experts
 from tests.tiny_models import tiny_batch, tiny_config, tiny_model
 
 ROWS = tiny_batch(batch=3, length=16)
@@ -198,6 +199,8 @@ def test_what_needs_values_is_refused(folders: Any, tmp_path: Path) -> None:
         model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="cannot train"):
         model.requires_grad_(True)
+    with pytest.raises(ValueError, match="cannot train"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]))
 
 
 @pytest.mark.parametrize(
@@ -208,11 +211,20 @@ def test_what_needs_values_is_refused(folders: Any, tmp_path: Path) -> None:
         ("qwen3_moe", {"experts_implementation": "eager"}, "use experts='auto'"),
         ("jetmoe", {}, "does not call its experts through the interface"),
         ("dbrx", {}, "DbrxExperts keeps its weights in a form of its own"),
+        ("longcat_flash", {}, "LongcatFlashExperts keeps its weights in a form of its own"),
     ],
 )
 def test_models_that_it_does_not_fit(model_type: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"load_in_4bit: .*{message}"):
         AutoModelForCausalLM.from_config(tiny_config(model_type), load_in_4bit=True, **options)
+
+
+def test_an_activation_that_trains_is_refused() -> None:
+    model = tiny_model("qwen3_moe", None)
+    for _, experts in hf.experts_modules(model):
+        experts.act_fn = torch.nn.PReLU()
+    with pytest.raises(ValueError, match="Qwen3MoeExperts has parameters between or behind its projections"):
+        quantize_experts(slipstream.accelerate(model))
 
 
 def test_quantised_twice_is_refused(folders: Any) -> None:

@@ -73,7 +73,7 @@ class Placeholder(torch.Tensor):
         aten = torch.ops.aten
         if isinstance(args[0], cls):
             own = args[0]
-            moved = function is aten._to_copy.default and kwargs.get("dtype", own.dtype) == own.dtype
+            moved = function is aten._to_copy.default and (kwargs.get("dtype") or own.dtype) == own.dtype
             if moved or function in (aten.detach.default, aten.alias.default, aten.clone.default):
                 device = kwargs.get("device") or own.device
                 return cls(own.nothing.to(device), own.shape, own.dtype, own.device_mesh)

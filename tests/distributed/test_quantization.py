@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from slipstream import AutoModelForCausalLM, hf
 from slipstream.moe.experts import projection_names
@@ -79,6 +80,8 @@ def test_three_clipped_steps_and_the_saved_adapter(
 
 def random_weights() -> list[torch.Tensor]:
     config = tiny_model("qwen3_moe", None).config
+    with pytest.raises(ValueError, match="stored in 4 bits"):  # which DDP would broadcast
+        DistributedDataParallel(adapt(AutoModelForCausalLM.from_config(config, load_in_4bit=True)))
     model = AutoModelForCausalLM.from_config(config, distributed_setup={"ep_size": 2}, load_in_4bit=True)
     return [unpacked(experts, "down_proj") for _, experts in hf.experts_modules(model)]
 
