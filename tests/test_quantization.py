@@ -48,9 +48,9 @@ def loaded(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, load_in_4bit=True, **options).train()
 
 
-def whole(folder: Path) -> Any:
+def whole(folder: Path, **options: Any) -> Any:
     """The model with the experts' numbers of 4 bits in whole weights."""
-    packed, model = loaded(folder), AutoModelForCausalLM.from_pretrained(folder).train()
+    packed, model = loaded(folder, **options), AutoModelForCausalLM.from_pretrained(folder, **options).train()
     for (_, of), (_, to) in zip(hf.experts_modules(packed), hf.experts_modules(model), strict=True):
         for name in projection_names(to):
             getattr(to, name).data.copy_(unpacked(of, name))
@@ -237,3 +237,24 @@ def test_ranks_with_the_same_experts_are_refused(folders: Any, monkeypatch: pyte
     for setup in ({"ep_size": 2}, {}, {"ep_size": 4, "param_dtype": "bfloat16"}, {"ep_size": 2, "dp_replicate": 2}):
         with pytest.raises(ValueError, match=r"on 4 ranks use ep_size=4 with dp_replicate=1"):
             loaded(folders("qwen3_moe"), distributed_setup=setup)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"device_map": "cuda"}], ids=["moved there", "loaded there and compiled"])
+def test_on_a_gpu(folders: Any, options: dict[str, Any]) -> None:
+    """In bf16, with the kernel; both sides with the same GEMMs."""
+    folder, results = folders("qwen3_moe"), []
+    for made in (loaded, whole):
+        model = adapt(made(folder, dtype=torch.bfloat16, **options)).to("cuda")
+        loss = model(input_ids=ROWS.to("cuda"), labels=ROWS.to("cuda")).loss
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+        if made is loaded:
+            chosen = {choice.operation: choice.chosen for choice in slipstream.describe(model).choices}
+            assert chosen["compile"] == ("layers" if options else "none")
+            assert all(b.is_cuda for _, experts in hf.experts_modules(model) for b in experts.buffers())
+    (loss, grads), (expected_loss, expected) = results
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-2, atol=0)
+    assert sum(".experts." in name for name in grads) >= 4
+    for name, grad in expected.items():
+        assert (grads[name] - grad).norm() <= 2e-2 * grad.norm(), name
