@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from slipstream import hf, shared_adapters
@@ -259,9 +260,10 @@ def _update_layer(original: Any) -> Any:
         shared_adapters.shrink(self, adapter_name, kwargs.get("config"))
         _attach(self)
         parameter, experts = self.get_param(), hf.is_experts(self.get_base_layer())
-        if not experts or not isinstance(parameter, DTensor):
+        mesh: DeviceMesh | None = getattr(parameter, "device_mesh", None)  # a DTensor's, or a packed weight's
+        if not experts or mesh is None:
             return
-        if not _is_ours(self) or "tp" in (parameter.device_mesh.mesh_dim_names or ()):
+        if not _is_ours(self) or "tp" in (mesh.mesh_dim_names or ()):
             raise ValueError(
                 f"LoRA on {self.parameter_name} of experts that are spread over ranks: PEFT cannot do it, Slipstream "
                 'can for their weights, with BackendConfig(experts="slipstream") and tp_size=1; leave it out of '
@@ -269,14 +271,13 @@ def _update_layer(original: Any) -> Any:
             )
         for factors in (self.lora_A, self.lora_B):
             linear = factors[adapter_name]
-            linear.weight = nn.Parameter(_spread(linear.weight.data, parameter), linear.weight.requires_grad)
+            linear.weight = nn.Parameter(_spread(linear.weight.data, mesh), linear.weight.requires_grad)
 
     return update_layer
 
 
-def _spread(tensor: Tensor, like: DTensor) -> DTensor:
-    """`tensor` by its rows over the ranks that hold different parts of `like`; the values are rank 0's."""
-    mesh = like.device_mesh
+def _spread(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    """`tensor` by its rows over the ranks of `mesh` that hold different experts; the values are rank 0's."""
     names = mesh.mesh_dim_names or ("",) * mesh.ndim
     placements = [Replicate() if name == "dp_replicate" else Shard(0) for name in names]
     return distribute_tensor(tensor.to(mesh.device_type), mesh, placements)

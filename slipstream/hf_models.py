@@ -6,6 +6,7 @@ Checked against Transformers 5.23.0, each with a test in tests/test_hf_models.py
 import copy
 import functools
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter, convert_and_load_state_dict_in_model
 from transformers.distributed.expert_parallel import apply_expert_parallelism
@@ -27,6 +28,7 @@ from slipstream import hf
 
 # Classes of experts modules that Transformers calls in ways of their own; see `moe.foreign`.
 LLAMA4_EXPERTS, DBRX_EXPERTS, LONGCAT_EXPERTS = "Llama4TextExperts", "DbrxExperts", "LongcatFlashExperts"
+_IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # from_pretrained reads no tensor in advance
 MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
 
 
@@ -142,6 +144,29 @@ def load_into(model: Any, slices: dict[str, Any]) -> set[str]:
         odd = sorted(map(str, {*info.mismatched_keys, *info.unexpected_keys}))
         raise ValueError(f"{odd[0]} does not fit {type(model).__name__}")
     return set(info.missing_keys)
+
+
+@contextmanager
+def observing_loaded(observe: Callable[[Any, str], None]) -> Iterator[None]:
+    """Call `observe(model, name)` after each parameter that `from_pretrained` has read, and let it read the next one
+    only then."""
+    module: Any = core_model_loading
+    original, in_turn = module.set_param_for_module, os.environ.get(_IN_TURN)
+
+    def observed(model: Any, target_name: str, *args: Any, **kwargs: Any) -> None:
+        original(model, target_name, *args, **kwargs)
+        observe(model, target_name)
+
+    module.set_param_for_module = observed
+    os.environ[_IN_TURN] = "1"
+    try:
+        yield
+    finally:
+        module.set_param_for_module = original
+        if in_turn is None:
+            del os.environ[_IN_TURN]
+        else:
+            os.environ[_IN_TURN] = in_turn
 
 
 def rotary_embedding(model: Any, hidden_BSH: torch.Tensor, positions_BS: torch.Tensor) -> Any:

@@ -166,7 +166,7 @@ def terminal_table(report: dict[str, Any]) -> Table:
 def _headline(report: dict[str, Any]) -> str:
     options, model = report["options"], report["model"]
     packed = f" packed with documents of {options['packed']}" if options["packed"] else ""
-    lora = f"LoRA r={options['lora']}, " if options["lora"] else ""
+    lora = f"{'Q' * options['load_in_4bit']}LoRA r={options['lora']}, " if options["lora"] else ""
     return (
         f"{options['model']}{' (tiny)' if options['tiny'] else ''}, {model['layers']} layers, "
         f"{_count(model['parameters'])} parameters, {lora}"
@@ -260,7 +260,7 @@ def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
     if options["packed"]:
         parts.append(f"packed{options['packed']}")
     if options["lora"]:
-        parts.append(f"lora{options['lora']}")
+        parts.append(f"{'q' * options['load_in_4bit']}lora{options['lora']}")
     stem = re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower())
     folder.mkdir(parents=True, exist_ok=True)
     name, number = stem, 1

@@ -86,7 +86,7 @@ def plan_experts(model: Any, ep_size: int) -> Plan:
 
 def _shard_experts(model: Any, meshes: Any, ep_plan: Plan, setup: DistributedSetup) -> set[nn.Parameter]:
     """Give the experts of `ep_plan` units of their own; those that FSDP2 has nothing to do for are returned instead."""
-    if _stay_put(setup):
+    if stay_put(setup):
         return _experts_of_one_owner(model, meshes, ep_plan)
     if setup.ep_size > 1:
         mesh = _data_mesh(meshes, "efsdp", setup)
@@ -101,7 +101,7 @@ def _shard_experts(model: Any, meshes: Any, ep_plan: Plan, setup: DistributedSet
     return set()
 
 
-def _stay_put(setup: DistributedSetup) -> bool:
+def stay_put(setup: DistributedSetup) -> bool:
     """Whether each expert has one owner and FSDP2 nothing to do for it: no other rank or replica holds it, and it is
     neither cast nor offloaded."""
     one_owner = setup.ep_size > 1 and setup.efsdp_size == 1 and setup.replicas == 1

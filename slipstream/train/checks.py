@@ -109,7 +109,7 @@ def lora_config(section: LoraSection | None, config: PreTrainedConfig) -> LoraCo
     """
     if section is None:
         return None
-    values = section.model_dump(exclude={"share_experts"})
+    values = section.model_dump(exclude={"share_experts", "load_in_4bit"})
     if section.target_parameters == ALL_EXPERTS:
         if num_routed_experts(config) is None:
             raise ValueError(

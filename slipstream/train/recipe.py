@@ -1,7 +1,7 @@
 """The recipe of a fine-tuning run: its schema. `recipe_file` reads one from YAML and says what is wrong with it.
 
 Names under `train`, `eval` and `log` are those of Transformers' `TrainingArguments` where it has the thing, names under
-`lora` those of `peft.LoraConfig`. `scripts/recipe_docs.py` writes the tables of docs/recipes.md and
+`lora` those of `peft.LoraConfig`, and `load_in_4bit`. `scripts/recipe_docs.py` writes the tables of docs/recipes.md and
 docs/recipe.schema.json from this.
 This module imports neither torch nor transformers, so a recipe is checked in milliseconds.
 """
@@ -285,6 +285,9 @@ class LoraSection(Section):
     )
     use_rslora: bool = False
     use_dora: bool = False
+    load_in_4bit: bool = Field(
+        False, description="QLoRA: the experts' own weights are stored in NF4; everything else keeps its dtype."
+    )
 
 
 class CheckpointSection(Section):
