@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from slipstream import hf
+from slipstream import hf, shared_adapters
 from slipstream.checkpoint.export import Team
 from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR
 from slipstream.moe.experts import ADAPTERS, projection_names
@@ -116,6 +117,7 @@ def _patch() -> None:
     model.__init__ = _keeping_equal(model.__init__)
     model.add_adapter = _keeping_equal(model.add_adapter)
     model.save_pretrained = _save_pretrained(model.save_pretrained)
+    shared_adapters.patch()
 
 
 def _checked(original: Any) -> Any:
@@ -220,7 +222,7 @@ def _factors(wrapper: Any, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Te
     if isinstance(a, DTensor):
         divided = hasattr(experts, GRADIENT_DIVISOR)  # the exchange has divided what comes from the ranks' sum
         a, b = (_whole(factor, dtype, 1.0 if divided else 1 / a.device_mesh.size()) for factor in (a, b))
-    a, b = a.view(total, rank, -1), b.view(-1, rank, total)
+    a, b = shared_adapters.by_expert(a, b, rank, total)
     first = getattr(experts, FIRST_EXPERT, None)
     if first is not None:
         a, b = a.narrow(0, first, experts.num_experts), b.narrow(2, first, experts.num_experts)
@@ -255,11 +257,13 @@ def _update_layer(original: Any) -> Any:
     @functools.wraps(original)
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         original(self, adapter_name, *args, **kwargs)
+        shared_adapters.shrink(self, adapter_name, kwargs.get("config"))
         _attach(self)
         parameter, experts = self.get_param(), hf.is_experts(self.get_base_layer())
-        if not experts or not isinstance(parameter, DTensor):
+        mesh: DeviceMesh | None = getattr(parameter, "device_mesh", None)  # a DTensor's, or a packed weight's
+        if not experts or mesh is None:
             return
-        if not _is_ours(self) or "tp" in (parameter.device_mesh.mesh_dim_names or ()):
+        if not _is_ours(self) or "tp" in (mesh.mesh_dim_names or ()):
             raise ValueError(
                 f"LoRA on {self.parameter_name} of experts that are spread over ranks: PEFT cannot do it, Slipstream "
                 'can for their weights, with BackendConfig(experts="slipstream") and tp_size=1; leave it out of '
@@ -267,14 +271,13 @@ def _update_layer(original: Any) -> Any:
             )
         for factors in (self.lora_A, self.lora_B):
             linear = factors[adapter_name]
-            linear.weight = nn.Parameter(_spread(linear.weight.data, parameter), linear.weight.requires_grad)
+            linear.weight = nn.Parameter(_spread(linear.weight.data, mesh), linear.weight.requires_grad)
 
     return update_layer
 
 
-def _spread(tensor: Tensor, like: DTensor) -> DTensor:
-    """`tensor` by its rows over the ranks that hold different parts of `like`; the values are rank 0's."""
-    mesh = like.device_mesh
+def _spread(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    """`tensor` by its rows over the ranks of `mesh` that hold different experts; the values are rank 0's."""
     names = mesh.mesh_dim_names or ("",) * mesh.ndim
     placements = [Replicate() if name == "dp_replicate" else Shard(0) for name in names]
     return distribute_tensor(tensor.to(mesh.device_type), mesh, placements)
@@ -316,10 +319,13 @@ def _save_pretrained(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
         if not _is_spread(self):
+            if shared_adapters.has_shared(self):
+                kwargs["state_dict"] = shared_adapters.expanded(self, kwargs.get("state_dict") or self.state_dict())
             original(self, save_directory, *args, **kwargs)
             return
         team = Team()
-        kwargs |= {"state_dict": _whole_state(self, **kwargs), "is_main_process": dist.get_rank() == 0}
+        whole = shared_adapters.expanded(self, _whole_state(self, **kwargs))
+        kwargs |= {"state_dict": whole, "is_main_process": dist.get_rank() == 0}
         with team:
             original(self, save_directory, *args, **kwargs)
         team.share(None)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from slipstream import hf, hf_models
+from slipstream import hf, hf_models, quantization
 from slipstream.acceleration import accelerate, choose_dispatcher
 from slipstream.backend import BackendConfig
 from slipstream.checkpoint import dequantize, passthrough
@@ -26,10 +26,12 @@ from slipstream.parallel.shard import plan_experts, shard
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     """Transformers' class of this name; what it returns trains faster.
 
-    `from_pretrained` and `from_config` take everything that Transformers' do, and two keywords more:
+    `from_pretrained` and `from_config` take everything that Transformers' do, and three keywords more:
 
     - `backend`: a `BackendConfig` (or its fields as a dict), which implementation each operation uses.
     - `distributed_setup`: a `DistributedSetup` (or its fields as a dict), how the model is spread over the ranks.
+
+    - `load_in_4bit`: store the experts in NF4, frozen, for LoRA beside them.
 
     The result is the model Transformers would return, of the same class. `slipstream.describe(model)` says what
     was accelerated.
@@ -42,6 +44,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         *model_args: Any,
         backend: BackendConfig | Mapping[str, Any] | None = None,
         distributed_setup: DistributedSetup | Mapping[str, Any] | None = None,
+        load_in_4bit: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Load a model as Transformers does, then `accelerate` it.
@@ -60,8 +63,13 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         name = pretrained_model_name_or_path
         in_files = isinstance(name, str | os.PathLike)
         config = kwargs.get("config")
-        if config is None and (distributed_setup is not None or (in_files and not kwargs.keys() & _READ_OTHERWISE)):
-            config = _config(name, kwargs, needed=distributed_setup is not None)
+        needed = distributed_setup is not None or load_in_4bit
+        if config is None and (needed or (in_files and not kwargs.keys() & _READ_OTHERWISE)):
+            config = _config(name, kwargs, needed=needed)
+        if load_in_4bit:
+            if "quantization_config" in kwargs:
+                raise ValueError("load_in_4bit and quantization_config: weights are quantised once; leave one out")
+            quantization.check(config, backend, setup if distributed_setup is not None else None)
         if distributed_setup is not None:
             assert config is not None
             setup.check(hf.num_routed_experts(config))
@@ -74,7 +82,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             assert config is not None
             own_class = hf_models.causal_lm_class(config)
         try:
-            with sharding, ExitStack() as stack:
+            with sharding, quantization.packing() if load_in_4bit else nullcontext(), ExitStack() as stack:
                 if own_class is None:
                     loaded = super().from_pretrained(name, *model_args, **kwargs)
                 else:
@@ -98,6 +106,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             setattr(model, passthrough.KEPT, kept)
             setattr(model, passthrough.BLOCK, None if own_class is None else dequantize.block_of(config))
             install_save(model)
+        if load_in_4bit:
+            quantization.quantize_experts(model)
         return (model, *info) if info else model
 
     @classmethod
@@ -107,6 +117,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         *,
         backend: BackendConfig | Mapping[str, Any] | None = None,
         distributed_setup: DistributedSetup | Mapping[str, Any] | None = None,
+        load_in_4bit: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Build a model with random weights as Transformers does, then `accelerate` it.
@@ -118,14 +129,22 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         setup = DistributedSetup.of(distributed_setup)
         if distributed_setup is not None:
             setup.check(hf.num_routed_experts(config))
+        if load_in_4bit:
+            quantization.check(config, backend, setup if distributed_setup is not None else None)
         # A copy, because the config carries the choice of experts and attention to whatever model shares it.
         build = partial(super().from_config, copy.deepcopy(config), **kwargs)
         if distributed_setup is None or setup.ranks == 1:
-            return accelerate(build(), backend=backend, distributed_setup=distributed_setup)
+            model = accelerate(build(), backend=backend, distributed_setup=distributed_setup)
+            if load_in_4bit:
+                quantization.quantize_experts(model)
+            return model
         distributed_config = _distributed_config(backend, setup)
         with hf.sharding_by(partial(shard, setup=setup), partial(plan_experts, ep_size=setup.ep_size)):
             model = build_sharded(build, partial(hf.distribute, config=distributed_config))
-        return accelerate(model, backend=backend, distributed_setup=distributed_setup)
+        model = accelerate(model, backend=backend, distributed_setup=distributed_setup)
+        if load_in_4bit:
+            quantization.quantize_experts(model)
+        return model
 
 
 _FILE_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

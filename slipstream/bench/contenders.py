@@ -89,7 +89,7 @@ def _slipstream(job: Job, device: torch.device, ranks: int) -> Contender:
     with device:
         model = slipstream.AutoModelForCausalLM.from_config(
             options.config(), dtype=torch.bfloat16, backend={**options.backend, "gate": job.gate},
-            distributed_setup=setup,
+            distributed_setup=setup, load_in_4bit=options.load_in_4bit,
         )  # fmt: skip
     described = slipstream.describe(model)
     modules = [module for _, module in hf.experts_modules(model)]
@@ -112,6 +112,8 @@ def _slipstream(job: Job, device: torch.device, ranks: int) -> Contender:
         settings={choice.operation: choice.chosen for choice in described.choices}
         | {"optimizer": f"{type(optimizers[0]).__module__}.{type(optimizers[0]).__name__}"}
         | adapted,
+        notes=["the experts' own weights are in 4 bits, those of rivals in 16"] if options.load_in_4bit else [],
+        same_weights=not options.load_in_4bit,
     )
 
 

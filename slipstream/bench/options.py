@@ -28,6 +28,7 @@ class Options:
         optimizer: ours, "slipstream" or "torch". Rivals have torch's fused AdamW.
         lora: train PEFT's adapters of this rank on attention, dense layers and experts instead of the weights; all
             sides have torch's fused AdamW then.
+        load_in_4bit: with `lora`, our experts' own weights are in 4 bits; rivals have them whole.
         backend: fields of our `BackendConfig`.
         rival_attn: the attention that rivals on Transformers load with, where the architecture has it.
         nemo_backend: fields of NeMo's `BackendConfig` that win over those of `bench/nemo.py`.
@@ -49,6 +50,7 @@ class Options:
     device: str = "cuda"
     optimizer: str = "slipstream"
     lora: int | None = None
+    load_in_4bit: bool = False
     backend: dict[str, Any] = field(default_factory=dict)
     rival_attn: str = "sdpa"
     nemo_backend: dict[str, Any] = field(default_factory=dict)
@@ -63,6 +65,8 @@ class Options:
             raise ValueError(f"packed={self.packed} does not divide the {self.seq_len} tokens of a row")
         if self.lora is not None and self.lora < 1:
             raise ValueError(f"lora={self.lora}: give the rank, 1 or more")
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError("load_in_4bit without lora: experts in 4 bits do not train; give lora as well")
         if self.nproc % self.ep_size:
             raise ValueError(f"ep_size={self.ep_size} does not divide the {self.nproc} ranks")
         if self.optimizer not in ("slipstream", "torch"):

@@ -166,7 +166,7 @@ def terminal_table(report: dict[str, Any]) -> Table:
 def _headline(report: dict[str, Any]) -> str:
     options, model = report["options"], report["model"]
     packed = f" packed with documents of {options['packed']}" if options["packed"] else ""
-    lora = f"LoRA r={options['lora']}, " if options["lora"] else ""
+    lora = f"{'Q' * options['load_in_4bit']}LoRA r={options['lora']}, " if options["lora"] else ""
     return (
         f"{options['model']}{' (tiny)' if options['tiny'] else ''}, {model['layers']} layers, "
         f"{_count(model['parameters'])} parameters, {lora}"
@@ -205,7 +205,12 @@ def markdown(report: dict[str, Any], plot: str | None = None) -> str:
         lines += [f"  - {note}" for note in run["notes"]]
     for row in report["rows"]:
         if "profile" in row:
-            lines += ["", f"## Profile: {row['contender']}, {row['gate']} gate", "", *_profile(row["profile"])]
+            lines += [
+                "",
+                f"## Profile: {row['contender']}, {row['gate']} gate",
+                "",
+                *_profile(row["profile"], row["back_to_back_ms"]),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -213,11 +218,12 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
-def _profile(profile: dict[str, Any]) -> list[str]:
+def _profile(profile: dict[str, Any], back_to_back_ms: float) -> list[str]:
     layers, host = profile["layers"], profile["host_ms"]
     lines = [
         f"Kernels {profile['kernel_ms']:.1f} ms, busy {profile['busy_ms']:.1f} of the step's {profile['step_ms']:.1f}: "
-        f"**{profile['idle_percent']:.1f} % idle** ({profile['idle_percent_profiled']:.1f} % under the profiler). "
+        f"**{profile['idle_percent']:.1f} % idle** ({profile['idle_percent_profiled']:.1f} % under the profiler), "
+        f"{max(0.0, 100 * (1 - profile['busy_ms'] / back_to_back_ms)):.1f} % of a step back to back. "
         f"{profile['launches']} kernels and copies, {profile['launches'] / layers:.0f} a layer, from "
         f"{profile['host_launches']} launches. Host: "
         + ", ".join(f"{part} {host[part]:.1f} ms" for part in PARTS)
@@ -254,7 +260,7 @@ def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
     if options["packed"]:
         parts.append(f"packed{options['packed']}")
     if options["lora"]:
-        parts.append(f"lora{options['lora']}")
+        parts.append(f"{'q' * options['load_in_4bit']}lora{options['lora']}")
     stem = re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower())
     folder.mkdir(parents=True, exist_ok=True)
     name, number = stem, 1

@@ -45,6 +45,9 @@ def step(
         str, typer.Option(help="Ours: slipstream or torch (rivals: torch's fused AdamW).")
     ] = "slipstream",
     lora: Annotated[int | None, typer.Option(help="Train PEFT adapters of this rank, experts included.")] = None,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="With --lora: our experts' own weights in 4 bits.")
+    ] = False,
     backend: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Our BackendConfig's field.")] = None,
     rival_attn: Annotated[str, typer.Option(help="Attention of rivals on Transformers.")] = "sdpa",
     rival_env: Annotated[
@@ -90,6 +93,7 @@ def step(
         device=device,
         optimizer=optimizer,
         lora=lora,
+        load_in_4bit=load_in_4bit,
         backend=_pairs("--backend", backend),
         rival_attn=rival_attn,
         nemo_backend=_pairs("--nemo-backend", nemo_backend),

@@ -15,7 +15,9 @@ from slipstream.kernels.expert_activation import Activation
 from slipstream.moe import foreign
 from slipstream.moe.activation import activation_name, function_named, own_function
 from slipstream.moe.grouped_mlp import grouped_mlp, grouped_mlp_autograd
+from slipstream.moe.grouped_mlp_4bit import Packed, grouped_mlp_4bit
 from slipstream.moe.lora import LowRank
+from slipstream.moe.packed import is_packed, packed
 from slipstream.moe.routing import balanced_index
 from slipstream.numerics import compute_dtype
 
@@ -53,15 +55,22 @@ def experts_forward(
     """
     activation: Any = activation_name(experts)
     mlp: Any = grouped_mlp
+    up: Any
+    down: Any
     if not is_fused(experts):
         # Backward has to reach parameters that lie between or behind the two projections.
         post_norm = experts.post_expert_norm if experts.has_post_expert_norm else None
         mlp, activation = partial(grouped_mlp_autograd, post_norm=post_norm), own_function(experts)
-    up, down, up_bias, down_bias = projections(experts)
+    if is_packed(experts):
+        up, down, up_bias, down_bias, dtype = packed_projections(experts)
+        mlp = partial(grouped_mlp_4bit, transposed=experts.is_transposed, dtype=dtype)
+    else:
+        up, down, up_bias, down_bias = projections(experts)
+        dtype = up.dtype
     lora: Adapters | None = getattr(experts, ADAPTERS, None)
     up_lora, down_lora = None, None
     if lora is not None:
-        up_lora, down_lora = (lora(name, up.dtype) for name in projection_names(experts))
+        up_lora, down_lora = (lora(name, dtype) for name in projection_names(experts))
     return mlp(
         x_TH, weights_TK, idx_TK, up, down, activation, up_bias_EN=up_bias, down_bias_EH=down_bias, num_rows=num_rows,
         up_lora=up_lora, down_lora=down_lora,
@@ -84,15 +93,25 @@ def projections(experts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor 
     if own is not None:
         up, down = (_in_out(weight.to(compute_dtype(weight)), experts) for weight in own)
         return up, down, None, None
-    up_name, _ = projection_names(experts)
-    up = getattr(experts, up_name)
+    up = getattr(experts, projection_names(experts)[0])
     dtype = compute_dtype(up)
-    return (
-        _in_out(up.to(dtype), experts),
-        _in_out(experts.down_proj.to(dtype), experts),
-        getattr(experts, f"{up_name}_bias").to(dtype) if experts.has_bias else None,
-        experts.down_proj_bias.to(dtype) if experts.has_bias else None,
-    )
+    return _in_out(up.to(dtype), experts), _in_out(experts.down_proj.to(dtype), experts), *_biases(experts, dtype)
+
+
+def packed_projections(
+    experts: Any,
+) -> tuple[Packed, Packed, torch.Tensor | None, torch.Tensor | None, torch.dtype]:
+    """Up and down as they are stored in 4 bits, their biases, and the dtype to compute in."""
+    (up, stored), (down, _) = (packed(experts, name) for name in projection_names(experts))
+    dtype = compute_dtype(up.bytes_EP, stored)
+    return up, down, *_biases(experts, dtype), dtype
+
+
+def _biases(experts: Any, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if not experts.has_bias:
+        return None, None
+    up_bias: torch.Tensor = getattr(experts, f"{projection_names(experts)[0]}_bias")
+    return up_bias.to(dtype), experts.down_proj_bias.to(dtype)
 
 
 def balanced_experts_forward(

@@ -72,7 +72,7 @@ torch.library.define(
 )
 
 
-def _experts(
+def run_experts(
     x_TH: Tensor,
     weights_TK: Tensor,
     idx_TK: Tensor,
@@ -123,7 +123,7 @@ def _(
     return x_TH.new_empty(x_TH.shape), up_EHN.new_empty(rows, up_EHN.shape[2]), *routing
 
 
-def _experts_backward(
+def run_experts_backward(
     grad_TH: Tensor,
     x_TH: Tensor,
     weights_TK: Tensor,
@@ -256,8 +256,8 @@ def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> l
     ]
 
 
-torch.library.impl("slipstream::experts", "default", _experts)
-torch.library.impl("slipstream::experts_backward", "default", _experts_backward)
+torch.library.impl("slipstream::experts", "default", run_experts)
+torch.library.impl("slipstream::experts_backward", "default", run_experts_backward)
 torch.library.register_autograd("slipstream::experts", _backward, setup_context=_save)
 
 

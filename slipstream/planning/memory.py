@@ -10,6 +10,7 @@ Dims: T tokens of a GPU's step, H hidden, V vocabulary, K experts per token.
 from dataclasses import dataclass, replace
 from math import comb
 
+from slipstream.kernels.nf4 import BLOCK, BYTES
 from slipstream.kernels.nvlink_window import half_size
 from slipstream.linear_cross_entropy import CHUNK_TOKENS
 from slipstream.moe.dispatch.nvlink_experts import WORST_CASE_BYTES
@@ -17,6 +18,7 @@ from slipstream.parallel.units import frees_after_forward, joined
 from slipstream.planning.activations import Experts, Layer, Shape
 
 GIB = 2**30
+NF4_BYTES = BYTES / BLOCK  # of a weight, the blocks' magnitudes included
 
 # Bytes of state a parameter, for weights of 2 and of 4 bytes. By Transformers' names for `optim`, and ours.
 OPTIMIZERS: dict[str, tuple[float, float]] = {
@@ -48,6 +50,7 @@ class Layout:
         weight_bytes: of a stored weight, 2 or 4.
         compute_bytes: of an activation, 2 or 4.
         lora_rank: of the adapters where they alone train.
+        load_in_4bit: the experts are stored in NF4.
         accumulation: micro-batches of an optimizer step.
         compiled: the decoder layers are.
         dispatcher: as in `BackendConfig`; "auto" is what `exchange` says.
@@ -65,6 +68,7 @@ class Layout:
     weight_bytes: int = 2
     compute_bytes: int = 2
     lora_rank: int | None = None
+    load_in_4bit: bool = False
     accumulation: int = 1
     compiled: bool = True
     fused_loss: bool = True
@@ -134,7 +138,7 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
     tokens, shards, width = layout.tokens, layout.shards, layout.weight_bytes
     steady = {
         "dense weights": shape.dense * width / shards,
-        "expert weights": shape.routed * width / shards,
+        "expert weights": shape.routed * (NF4_BYTES if layout.load_in_4bit else width) / shards,
         "optimizer": _optimizer_bytes(shape, layout) / shards,
     }
     if layout.ep_size > 1 and (experts := _widest_experts(shape)) is not None:
@@ -149,7 +153,8 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
         steady["adapters"] = 4 * adapter_parameters(shape, layout.lora_rank) / shards
     if width > layout.compute_bytes:
         # Autocast's copies, which backward needs: an expert's of its owner, a dense weight's whole.
-        steady["16-bit copies"] = layout.compute_bytes * (shape.dense + shape.routed / layout.ep_size)
+        copied = 0 if layout.load_in_4bit else shape.routed / layout.ep_size
+        steady["16-bit copies"] = layout.compute_bytes * (shape.dense + copied)
     if shards > 1 and not frees_gathered(shape, layout):
         steady["gathered weights"] = width * sum(layer.dense for layer in shape.layers)
 
@@ -193,6 +198,7 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
                     "loss": after_loss,
                     "gathered weights": _gathered(shape, units, number, following, layout),
                     "backward of a layer": _in_between(layer, layout),
+                    "dequantised experts": dequantised_bytes(layer, layout),
                 },
             )
         )
@@ -291,6 +297,11 @@ def _in_between(layer: Layer, layout: Layout) -> float:
         kept = layer.kept if layout.compiled else layer.kept_eager
         largest += kept * tokens * width / 2 + _rows(experts, layout) * experts.hidden * width
     return largest
+
+
+def dequantised_bytes(layer: Layer, layout: Layout) -> float:
+    """The experts of a layer in the dtype of its GEMMs, where they are stored in 4 bits."""
+    return layout.compute_bytes * layer.routed / layout.ep_size if layout.load_in_4bit else 0.0
 
 
 def frees_gathered(shape: Shape, layout: Layout) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from slipstream import hf
+from slipstream import hf, quantization
+from slipstream.backend import BackendConfig
 from slipstream.bench.presets import PRESETS, build_config
 from slipstream.parallel.setup import CHECKPOINTING, DistributedSetup
 from slipstream.planning.activations import Linear, Shape, model_shape
@@ -186,6 +187,7 @@ def layout_of(recipe: Recipe, config: PretrainedConfig, gpus: int, notes: list[s
         weight_bytes=2 if short else 4,
         compute_bytes=2 if short or autocast else 4,
         lora_rank=recipe.lora.r if recipe.lora else None,
+        load_in_4bit=recipe.lora is not None and recipe.lora.load_in_4bit,
         accumulation=train.gradient_accumulation_steps,
         compiled=backend.get("compile", "auto") != "none",
         fused_loss=backend.get("loss", "auto") != "transformers",
@@ -193,11 +195,18 @@ def layout_of(recipe: Recipe, config: PretrainedConfig, gpus: int, notes: list[s
         reshard_after_forward=setup.reshard_after_forward,
     )
     experts = hf.num_routed_experts(config)
+    if layout.load_in_4bit:
+        quantization.check(config, BackendConfig.of(backend), None)
     if gpus % layout.dp_replicate:
         raise ValueError(f"distributed.dp_replicate={layout.dp_replicate} does not divide {gpus} GPUs; use a divisor")
-    works = list(_expert_parallel(experts, layout.shards))
+    works = list(_expert_parallel(experts, layout))
     if layout.ep_size not in works:
-        fits = max(size for size in works if size <= layout.ep_size)
+        if not works:
+            raise ValueError(
+                f"lora.load_in_4bit: each expert has one owner, so {gpus} GPUs take distributed.ep_size={gpus}, which "
+                f"has to divide {experts} experts, and dp_replicate=1 (given {layout.dp_replicate})"
+            )
+        fits = max((size for size in works if size <= layout.ep_size), default=min(works))
         notes.append(
             f"distributed.ep_size={layout.ep_size} does not go with {experts or 'no'} routed experts on "
             f"{layout.shards} GPUs a replica (allowed: {', '.join(map(str, works))}); planned with {fits}"
@@ -219,18 +228,21 @@ def adapted(shape: Shape, lora: LoraSection) -> Shape:
     parameters = lora.target_parameters or ()
     for number, layer in enumerate(shape.layers):
         experts = layer.experts
+        pairs = 1 if lora.share_experts else experts.number
         for name, inputs, outputs in (("up", experts.hidden, experts.up), ("down", experts.inner, experts.hidden)):
             if parameters == ALL_EXPERTS or any(f"{name}_proj" in given for given in parameters):
-                kept.append(Linear(f"{number}.experts.{name}_proj", experts.number * inputs, experts.number * outputs))
+                kept.append(Linear(f"{number}.experts.{name}_proj", pairs * inputs, pairs * outputs))
     if not kept:
         raise ValueError(f"lora.target_modules={targets}: matches no linear layer of the model")
     return dataclasses.replace(shape, linears=tuple(kept))
 
 
-def _expert_parallel(experts: int | None, shards: int) -> Iterator[int]:
-    yield 1
-    for size in range(2, min(experts or 1, shards) + 1):
-        if experts is not None and experts % size == 0 and shards % size == 0:
+def _expert_parallel(experts: int | None, layout: Layout) -> Iterator[int]:
+    """Sizes that go with the model and the GPUs of a replica. Experts in 4 bits have one owner each."""
+    shards = layout.shards
+    for size in range(1, min(experts or 1, shards) + 1):
+        divides = size == 1 or (experts is not None and experts % size == 0 and shards % size == 0)
+        if divides and (not layout.load_in_4bit or size == layout.gpus):
             yield size
 
 
@@ -240,7 +252,7 @@ def _candidates(model: Model, layout: Layout) -> Iterator[Layout]:
     for replica in sorted(replicas):
         if layout.gpus % replica:
             continue
-        for ep_size in _expert_parallel(model.experts, layout.gpus // replica):
+        for ep_size in _expert_parallel(model.experts, dataclasses.replace(layout, dp_replicate=replica)):
             for micro_batch in sorted({*_MICRO_BATCHES, layout.micro_batch}):
                 for mode in CHECKPOINTING:
                     yield dataclasses.replace(

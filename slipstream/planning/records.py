@@ -45,7 +45,7 @@ def compare(path: Path) -> list[Comparison]:
     options = Options(**{key: value for key, value in record["options"].items() if key in known})
     model = describe_model(options.model, options.config(), options.seq_len, options.packed)
     if options.lora is not None:
-        adapters = LoraSection(r=options.lora, target_parameters=ALL_EXPERTS)
+        adapters = LoraSection.model_validate({"r": options.lora, "target_parameters": ALL_EXPERTS})
         model = dataclasses.replace(model, shape=adapted(model.shape, adapters))
     gpu = find_gpu(record["device"])
     found = []

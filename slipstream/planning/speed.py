@@ -11,9 +11,11 @@ from slipstream.planning.flops import ForwardFlops
 from slipstream.planning.gpus import Gpu
 from slipstream.planning.measured import CONSTANTS
 from slipstream.planning.memory import (
+    NF4_BYTES,
     OPTIMIZERS,
     Layout,
     adapter_parameters,
+    dequantised_bytes,
     foreign_slots,
     frees_gathered,
     ranks_a_token,
@@ -71,6 +73,7 @@ def step_time(shape: Shape, flops: ForwardFlops, layout: Layout, gpu: Gpu) -> St
         "experts": _experts_ms(shape, flops, layout, peak, sparse, frozen, again),
         "scan": (3 + again) * flops.scan * tokens / (_USED["scan"] * peak),
         "head and loss": passes * flops.head * tokens / (_USED["dense GEMM"] * peak),
+        "experts out of 4 bits": sum(_dequantise_bytes(layer, layout) for layer in shape.layers) * (2 + again) / sparse,
         "norms, activations, rows": _elementwise_bytes(shape, layout) / sparse,
         "optimizer": _optimizer_ms(shape, layout, bandwidth),
     }
@@ -107,6 +110,12 @@ def _experts_ms(
         # The weight gradient's GEMM writes every expert's: sums and bytes both count (fits 128, 64, 16 experts).
         ms += work + layout.weight_bytes * shape.routed / layout.ep_size / bandwidth
     return ms
+
+
+def _dequantise_bytes(layer: Layer, layout: Layout) -> float:
+    """Read in 4 bits and written for the GEMMs, once."""
+    written = dequantised_bytes(layer, layout)
+    return written * (1 + NF4_BYTES / layout.compute_bytes)
 
 
 def _length_factor(length: int) -> float:

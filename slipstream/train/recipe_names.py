@@ -55,14 +55,13 @@ ALIASES_AT_TOP = {"seed": "train.seed"}
 # What has no key of ours, and what to do instead.
 HINTS = {
     "_target_": "a recipe names no Python classes; leave it out",
-    "adapter": "a section `lora:`, empty or not, turns LoRA on",
+    "adapter": "a section `lora:`, empty or not, turns LoRA on; with load_in_4bit it is QLoRA",
     "finetuning_type": "a section `lora:`, empty or not, turns LoRA on",
     "peft": "a section `lora:`, empty or not, turns LoRA on",
     "deepspeed": "the section `distributed` says how the model is spread over ranks",
     "fsdp": "the section `distributed` says how the model is spread over ranks",
     "template": "the tokenizer's own chat template is used; data.chat_template names a file that replaces it",
-    "load_in_4bit": "quantised base weights are not supported; leave it out",
-    "load_in_8bit": "quantised base weights are not supported; leave it out",
+    "load_in_8bit": "experts are stored in 4 bits or whole: lora.load_in_4bit, or leave it out",
 }  # fmt: skip
 
 

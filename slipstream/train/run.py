@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from slipstream import AutoModelForCausalLM, DistributedSetup, train_mtp
+from slipstream import AutoModelForCausalLM, BackendConfig, DistributedSetup, quantization, train_mtp
 from slipstream.adapters import all_experts
 from slipstream.checkpoint.output import INCOMPLETE, check_output_folder, holds_model, publish
 from slipstream.checkpoint.resume import Checkpointer, checkpoint_name, read_info
@@ -225,6 +225,9 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
     elif recipe.distributed or setup.ranks > 1:
         check_setup(setup, config)
         load_kwargs["distributed_setup"] = recipe.distributed
+    if recipe.lora is not None and recipe.lora.load_in_4bit:
+        quantization.check(config, BackendConfig.of(section.backend), setup)
+        load_kwargs["load_in_4bit"] = True
     if recipe.data.chat_template is not None:
         tokenizer.chat_template = Path(recipe.data.chat_template).read_text(encoding="utf-8")
     assert recipe.data.max_length is not None

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
+from slipstream.moe.packed import Placeholder
 from slipstream.train.masking import trained_segments
 from slipstream.train.packing import LENGTHS
 from slipstream.train.recipe import AUTO, Recipe
@@ -73,9 +74,10 @@ def print_trainable(model: nn.Module, console: Console) -> None:
     trainable = sum(size for _, size, trains in sizes if trains)
     experts = any(trains for name, _, trains in sizes if ".experts." in name)
     frozen = not experts and any(".experts." in name for name, _, _ in sizes)
+    short = any(isinstance(weight, Placeholder) for weight in model.parameters())
     console.print(
         f"LoRA: {trainable:,} of {sum(size for _, size, _ in sizes):,} parameters train"
-        f"{', experts included' * experts}"
+        f"{', experts included' * experts}{', whose own weights are stored in 4 bits' * (experts and short)}"
         f"{', experts stay frozen (lora.target_parameters=all-experts adapts them)' * frozen}"
     )
 

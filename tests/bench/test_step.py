@@ -56,6 +56,17 @@ def test_both_sides_train_the_same_adapters(name: str) -> None:
         assert "torch" in side["settings"]["optimizer"]
 
 
+def test_experts_in_4_bits() -> None:
+    whole, packed = (
+        execute(Job(options(steps=3, lora=4, load_in_4bit=on), "slipstream", "balanced")) for on in (False, True)
+    )
+    assert packed["settings"]["expert weights"] == "nf4"
+    assert packed["settings"]["lora"] == whole["settings"]["lora"]
+    assert packed["last_loss"] < packed["first_loss"] != whole["first_loss"]
+    assert not packed["same_weights"]
+    assert "4 bits" in packed["notes"][0]
+
+
 @pytest.mark.parametrize("side", ["transformers", "slipstream"])
 def test_packed_documents_do_not_see_each_other(side: str) -> None:
     """The first documents' loss does not change with what follows in the row."""
@@ -123,6 +134,7 @@ def test_what_a_side_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"nproc": 4, "ep_size": 3}, "does not divide the 4 ranks"),
         ({"optimizer": "sgd"}, "use 'slipstream' or 'torch'"),
         ({"lora": 0}, "give the rank, 1 or more"),
+        ({"load_in_4bit": True}, "give lora as well"),
     ],
 )
 def test_options_that_do_not_fit(changes: dict[str, object], words: str) -> None:

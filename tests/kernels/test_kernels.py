@@ -6,6 +6,7 @@ import torch
 
 from slipstream.kernels import runs_on
 from slipstream.kernels.cross_entropy import Transform, cross_entropy_, cross_entropy_reference_
+from slipstream.kernels.nf4 import dequantize_nf4, dequantize_nf4_reference, quantize_nf4
 from slipstream.kernels.scale import scale_, scale_reference_
 from slipstream.kernels.sum_rows import sum_rows, sum_rows_reference
 from tests.kernels.conditions import DEVICE, compiled_or_interpreted
@@ -150,3 +151,15 @@ def test_sum_rows_leaves_out_rows_that_are_not_there() -> None:
     assert sum_rows_reference(rows, row, None, torch.float32).tolist() == [[1.0], [4.0]]
     assert sum_rows(rows[:0], row, None, torch.float32).tolist() == [[0.0], [0.0]]
     assert sum_rows_reference(rows[:0], row, None, torch.float32).tolist() == [[0.0], [0.0]]
+
+
+@compiled_or_interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", [(3, 8, 16), (2, 5, 13), (1, 1, 1), (2, 70, 64), (0, 4, 4)])
+def test_dequantize_nf4(size, dtype) -> None:
+    """Also a last block that is not full, and more than a program's values."""
+    packed = quantize_nf4(torch.randn(size, device=DEVICE))
+    assert runs_on(packed)
+    expected = dequantize_nf4_reference(packed, size, dtype)
+    tolerance = 0 if dtype == torch.float32 else 1e-2  # bf16 is cut off, not rounded, where kernels are interpreted
+    torch.testing.assert_close(dequantize_nf4(packed, size, dtype), expected, rtol=tolerance, atol=0)

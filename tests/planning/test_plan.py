@@ -10,6 +10,7 @@ from slipstream.cli.plan import as_data, verdict
 from slipstream.parallel.setup import CHECKPOINTING
 from slipstream.planning.gpus import GPUS, Gpu, find_gpu, parse_gpus
 from slipstream.planning.measured import CONSTANTS
+from slipstream.planning.memory import GIB
 from slipstream.planning.plan import Plan, make_plan
 from slipstream.train.recipe import Recipe
 from slipstream.train.recipe_file import load_recipe
@@ -118,8 +119,41 @@ def test_lora() -> None:
     (up, down) = experts.linears[:2]
     assert (up.inputs, up.outputs, down.inputs, down.outputs) == (128 * 2048, 128 * 1536, 128 * 768, 128 * 2048)
     assert len(experts.linears) == 2 * len(experts.layers)
+    shared = plan(lora={"r": 8, "target_modules": [], "target_parameters": "all-experts", "share_experts": True})
+    assert [(one.inputs, one.outputs) for one in shared.model.shape.linears[:2]] == [(2048, 1536), (768, 2048)]
     with pytest.raises(ValueError, match="matches no linear layer"):
         plan(lora={"target_modules": ["nothing"]})
+
+
+def test_experts_in_4_bits_fit_a_smaller_gpu() -> None:
+    """The example on one GPU of 48 GB, of which torch sees 44.4; in 16 bits it does not fit."""
+    path = Path(__file__).parents[2] / "examples" / "qlora.yaml"
+    made, whole = (
+        make_plan(load_recipe(path, [f"lora.load_in_4bit={on}"])[0], 1, GPUS["L40S"]) for on in ("true", "false")
+    )
+    assert made.given.fits
+    assert not whole.given.fits
+    parts, shape = made.given.memory.parts, made.model.shape
+    assert parts["expert weights"] * GIB == pytest.approx(shape.routed * 4.5 / 8)
+    assert parts["dequantised experts"] * GIB == pytest.approx(2 * 128 * 3 * 2048 * 768)
+    assert parts["dense weights"] == whole.given.memory.parts["dense weights"]
+    assert made.given.time.step_ms > whole.given.time.step_ms
+    # Packed experts have one owner each: as many expert-parallel ranks as GPUs.
+    small = make_plan(load_recipe(path)[0], 1, GPUS["RTX4090"])
+    assert not small.given.fits
+    assert small.nearest is not None
+    assert small.nearest.layout.ep_size == small.nearest.layout.gpus == 2
+    four = make_plan(load_recipe(path)[0], 4, H100)
+    assert four.given.layout.ep_size == 4
+    assert any("planned with 4" in note for note in four.notes)
+
+
+def test_what_4_bits_do_not_go_with() -> None:
+    lora = {"r": 8, "load_in_4bit": True}
+    with pytest.raises(ValueError, match="describes a dense model"):
+        plan(1, model={"config": "qwen3-8b", "dtype": "bfloat16"}, lora=lora)
+    with pytest.raises(ValueError, match=r"8 GPUs take distributed.ep_size=8.*dp_replicate=1 \(given 2\)"):
+        plan(lora=lora, distributed={"dp_replicate": 2, "ep_size": 4})
 
 
 def test_a_config_alone_is_enough(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ RECIPES = [
     Broken("a key given twice", "  seed: 1\n  seed: 2\n"),
     Broken("two names for one key", "base_model: other\n"),
     Broken("a section of another tool's", "optimizer: {_target_: torch.optim.AdamW, lr: 1e-5}\n"),
-    Broken("a switch that has no key here", "load_in_4bit: true\n"),
+    Broken("a switch that has no key here", "load_in_8bit: true\n"),
     Broken("an unknown key of `distributed`", "distributed: {expert_size: 2}\n"),
     Broken("experts that cannot be shared out", "distributed: {ep_size: 3}\n"),
     Broken("an implementation that does not exist", overrides=["model.backend.experts=magic"]),

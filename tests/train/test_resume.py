@@ -168,7 +168,15 @@ def test_failure_continues_from_the_last_checkpoint(whole: Path, tmp_path: Path,
     assert same_weights(tmp_path, whole)
 
 
-@pytest.mark.parametrize("lora", [{"r": 2}, {"r": 2, "lora_dropout": 0.3, "target_modules": ["q_proj", "v_proj"]}])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"r": 2},
+        {"r": 2, "lora_dropout": 0.3, "target_modules": ["q_proj", "v_proj"]},
+        {"r": 2, "target_modules": ["q_proj"], "target_parameters": "all-experts", "load_in_4bit": True},
+    ],
+    ids=["all-linear", "dropout", "4 bits"],
+)
 def test_lora(lora: dict[str, Any], tmp_path: Path, checkpoint: Path, stop: Stop) -> None:
     """The adapter alone is saved, and the random numbers go on where they were."""
     fine_tune(tmp_path / "whole", checkpoint, lora=lora)
@@ -344,7 +352,7 @@ def test_write_failure_is_told_and_the_last_one_stays(tmp_path: Path, monkeypatc
     assert latest(tmp_path) == tmp_path / "step-000001"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_exit_code(number: signal.Signals, tmp_path: Path, checkpoint: Path) -> None:
     """The command itself, told to stop by its scheduler."""
     path = write_recipe(tmp_path, checkpoint, train={"max_steps": 100_000})

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slipstream.checkpoint.merge import merge
 from slipstream.checkpoint.output import publish
 from slipstream.loss import DeferredLogits
 from slipstream.train.formats import IGNORE
@@ -181,6 +182,38 @@ def test_lora_trains_an_adapter_only(tmp_path: Path, checkpoint: Path) -> None:
     assert prepare(recipe, overwrite=True).recipe.train.learning_rate == 0.01
     with pytest.raises(ValueError, match="already holds a model"):
         prepare(recipe, overwrite=False)
+
+
+def test_qlora_from_recipe_to_merged_model(tmp_path: Path, checkpoint: Path) -> None:
+    """The adapter is one for the whole base, into which `slipstream merge` puts it."""
+    lora = {"r": 4, "target_modules": ["q_proj"], "target_parameters": "all-experts"}
+    changes = {"train": {"learning_rate": 0.02}}
+    (tmp_path / "4bit").mkdir()
+    path = write_recipe(tmp_path / "4bit", checkpoint, lora=lora | {"load_in_4bit": True}, **changes)
+    screen = io.StringIO()
+    result = run(load_recipe(path)[0], file=screen)
+    assert result is not None
+    assert "experts included, whose own weights are stored in 4 bits" in screen.getvalue()
+    curve = losses(tmp_path / "4bit")
+    assert curve[-1] < curve[0]
+    fine_tune(tmp_path / "whole", checkpoint, lora=lora, **changes)
+    whole = losses(tmp_path / "whole")
+    assert curve != whole
+    assert curve == pytest.approx(whole, rel=0.1)
+    names = [{file.name for file in (tmp_path / folder / "out").iterdir()} for folder in ("4bit", "whole")]
+    assert names[0] == names[1]
+    merged = merge(str(tmp_path / "4bit" / "out"), str(checkpoint), tmp_path / "merged", verify=True)
+    assert merged is not None
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before if ".experts." in name)
+
+
+def test_qlora_is_refused_before_anything_is_written(tmp_path: Path, checkpoint: Path) -> None:
+    changes: dict[str, Any] = {"lora": {"load_in_4bit": True}, "model": {"backend": {"experts": "transformers"}}}
+    with pytest.raises(ValueError, match="load_in_4bit: experts='transformers' reads whole weights"):
+        fine_tune(tmp_path, checkpoint, **changes)
+    assert not (tmp_path / "out").exists()
 
 
 def disk_full() -> None:

@@ -23,6 +23,7 @@ from slipstream.moe.dispatch.nvlink import NvlinkDispatcher
 from slipstream.moe.dispatch.nvlink_experts import nvlink_experts
 from slipstream.moe.dispatch.peers import NoPeerAccessError, obstacle, peers_of
 from slipstream.moe.experts import ADAPTERS, experts_forward, is_fused, projections
+from slipstream.moe.packed import is_packed
 from slipstream.moe.routing import balanced_index
 
 __all__ = [
@@ -121,8 +122,8 @@ class DeepEPExchange(_Exchange):
 class NvlinkExchange(_Exchange):
     """`DistributedConfig(ep_implementation="slipstream_nvlink")`: exchange and experts in one operator.
 
-    A compiled layer contains it. What it does not fit (adapters, parameters inside the activation, Transformers'
-    experts) runs between a dispatch and a combine.
+    A compiled layer contains it. What it does not fit (adapters, weights in 4 bits, parameters inside the activation,
+    Transformers' experts) runs between a dispatch and a combine.
 
     Raises:
         NoPeerAccessError: on all ranks together, where the GPUs can't reach each other's memory.
@@ -148,7 +149,10 @@ class NvlinkExchange(_Exchange):
     def __call__(self, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         implementation = hf.experts_implementation(self.experts)
         fits = (
-            implementation.startswith("slipstream") and is_fused(self.experts) and not hasattr(self.experts, ADAPTERS)
+            implementation.startswith("slipstream")
+            and is_fused(self.experts)
+            and not hasattr(self.experts, ADAPTERS)
+            and not is_packed(self.experts)
         )
         if self.peers is None or not fits:
             return super().__call__(x_TH, idx_TK, weights_TK)
