@@ -19,12 +19,13 @@ venv:
 demo: venv
 	@scripts/demo.sh
 
-# One torch thread a worker: small models gain nothing from more, and two workers then share two cores.
+# One torch thread a worker: small models gain nothing from more. Three workers on two cores: many tests wait for
+# processes that they start.
 test: lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n 3
 
 test-all: lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 3
 
 test-serving: venv
 	@scripts/test_serving.sh

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from slipstream import hf
+from slipstream import hf, shared_adapters
 from slipstream.checkpoint.export import Team
 from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR
 from slipstream.moe.experts import ADAPTERS, projection_names
@@ -117,6 +117,7 @@ def _patch() -> None:
     model.__init__ = _keeping_equal(model.__init__)
     model.add_adapter = _keeping_equal(model.add_adapter)
     model.save_pretrained = _save_pretrained(model.save_pretrained)
+    shared_adapters.patch()
 
 
 def _checked(original: Any) -> Any:
@@ -221,7 +222,7 @@ def _factors(wrapper: Any, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Te
     if isinstance(a, DTensor):
         divided = hasattr(experts, GRADIENT_DIVISOR)  # the exchange has divided what comes from the ranks' sum
         a, b = (_whole(factor, dtype, 1.0 if divided else 1 / a.device_mesh.size()) for factor in (a, b))
-    a, b = a.view(total, rank, -1), b.view(-1, rank, total)
+    a, b = shared_adapters.by_expert(a, b, rank, total)
     first = getattr(experts, FIRST_EXPERT, None)
     if first is not None:
         a, b = a.narrow(0, first, experts.num_experts), b.narrow(2, first, experts.num_experts)
@@ -256,6 +257,7 @@ def _update_layer(original: Any) -> Any:
     @functools.wraps(original)
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         original(self, adapter_name, *args, **kwargs)
+        shared_adapters.shrink(self, adapter_name, kwargs.get("config"))
         _attach(self)
         parameter, experts = self.get_param(), hf.is_experts(self.get_base_layer())
         mesh: DeviceMesh | None = getattr(parameter, "device_mesh", None)  # a DTensor's, or a packed weight's
@@ -317,10 +319,13 @@ def _save_pretrained(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
         if not _is_spread(self):
+            if shared_adapters.has_shared(self):
+                kwargs["state_dict"] = shared_adapters.expanded(self, kwargs.get("state_dict") or self.state_dict())
             original(self, save_directory, *args, **kwargs)
             return
         team = Team()
-        kwargs |= {"state_dict": _whole_state(self, **kwargs), "is_main_process": dist.get_rank() == 0}
+        whole = shared_adapters.expanded(self, _whole_state(self, **kwargs))
+        kwargs |= {"state_dict": whole, "is_main_process": dist.get_rank() == 0}
         with team:
             original(self, save_directory, *args, **kwargs)
         team.share(None)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter, convert_and_load_state_dict_in_model
+from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import MtpLayer
@@ -67,6 +68,22 @@ def experts_plan(model: nn.Module) -> dict[str, str]:
     return plan
 
 
+def meshes(model: Any) -> Any:
+    """The meshes of a distributed model: `get_mesh(name)`, as `hf.sharding_by` hands them on."""
+    return model._mesh_manager
+
+
+def split_experts(model: Any, plan: dict[str, str]) -> dict[str, str]:
+    """Split experts on the meta device that were added to `model` after it was spread over ranks, by a plan like that
+    of `experts_plan`; returns it with layer numbers."""
+    plan = model._expand_parallel_plan(plan)
+    if plan:
+        ep, tp = (meshes(model).get_mesh(name) for name in ("ep", "tp"))
+        exchange = model.config.distributed_config.ep_implementation
+        apply_expert_parallelism(model, ep, tp, plan, ep_implementation=exchange)
+    return plan
+
+
 def merged_along_dim0(model: Any) -> set[str]:
     """The parameters outside the experts that loading puts together, along their first dimension, from several tensors
     of the checkpoint format: sharded by it, each rank would read the same part of every one."""
@@ -85,9 +102,9 @@ def merged_along_dim0(model: Any) -> set[str]:
     }
 
 
-def prediction_layers(model: Any, count: int) -> list[nn.Module]:
-    """Modules for multi-token prediction, not initialised: two norms, a projection, a decoder layer with full attention
-    and experts of the kind that `model` has, and a norm."""
+def prediction_layers(model: Any, count: int) -> nn.ModuleList:
+    """Modules for multi-token prediction, on the meta device: two norms, a projection, a decoder layer with full
+    attention and experts of the kind that `model` has, and a norm. In its dtype, or fp32 where it keeps that."""
     decoder = model.get_decoder()
     config = copy.deepcopy(model.config.get_text_config())
     config.num_hidden_layers = count
@@ -97,7 +114,13 @@ def prediction_layers(model: Any, count: int) -> list[nn.Module]:
     if hasattr(config, "first_k_dense_replace"):
         config.first_k_dense_replace = 0
     layer_class, norm_class = type(decoder.layers[-1]), type(decoder.norm)
-    return [MtpLayer(config, layer_class, norm_class, layer) for layer in range(count)]
+    with torch.device("meta"):
+        layers = nn.ModuleList([MtpLayer(config, layer_class, norm_class, layer) for layer in range(count)])
+    kept = hf.kept_in_float32(model, model.dtype)
+    for name, tensor in [*layers.named_parameters(), *layers.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if kept and kept.search(name) else model.dtype)
+    return layers
 
 
 def load_into(model: Any, slices: dict[str, Any]) -> set[str]:
@@ -109,9 +132,14 @@ def load_into(model: Any, slices: dict[str, Any]) -> set[str]:
     Raises: ValueError for one that the model has no place for.
     """
     device = next(model.parameters()).device
+    if hf.is_distributed(model):  # whose parameters may lie in host memory
+        device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+    before = getattr(model, "_weight_conversions", None)  # which saving reverts
     mapping: Any = get_model_conversion_mapping(model)
     config = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype=model.dtype)
     info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=slices, load_config=config)
+    if before is not None:
+        model._weight_conversions = before
     if info.mismatched_keys or info.unexpected_keys:
         odd = sorted(map(str, {*info.mismatched_keys, *info.unexpected_keys}))
         raise ValueError(f"{odd[0]} does not fit {type(model).__name__}")

@@ -9,7 +9,8 @@ Dims: B rows, S tokens in a row, H hidden.
 
 import functools
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -24,6 +25,9 @@ from slipstream.checkpoint.export import install_save
 from slipstream.compilation import compile_layers
 from slipstream.description import acceleration_of, unwrap
 from slipstream.loss import DeferredLogits, deferred_causal_lm_loss
+from slipstream.parallel.activations import checkpoint_activations
+from slipstream.parallel.setup import DistributedSetup, failing_together
+from slipstream.parallel.shard import shard_added
 
 NAME = passthrough.MODULE
 IGNORE = -100
@@ -44,11 +48,9 @@ class MultiTokenPrediction(nn.Module):
         copies: tensors of the checkpoint that repeat the embedding or the head.
     """
 
-    def __init__(
-        self, layers: list[nn.Module], first: int, loss_weight: float, section: bool, copies: list[str]
-    ) -> None:
+    def __init__(self, layers: nn.ModuleList, first: int, loss_weight: float, section: bool, copies: list[str]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = layers
         self.first, self.loss_weight, self.section, self.copies = first, loss_weight, section, copies
         self.loss: torch.Tensor | None = None
 
@@ -74,13 +76,15 @@ class MultiTokenPrediction(nn.Module):
 def train_mtp(model: Any, loss_weight: float = 0.1) -> Any:
     """Load the checkpoint's modules for multi-token prediction and train them with `model`, in place; returns it.
 
+    They are spread over ranks as the layers of `model` are, each rank reading its part; call this on all of them.
+
     Args:
         model: from `slipstream.AutoModelForCausalLM.from_pretrained`, before an optimizer is made.
         loss_weight: of the mean over the modules' losses; 0.3, later 0.1 in DeepSeek-V3's training.
 
     Raises:
         ValueError: a weight below 0, a checkpoint without such modules or of a form that is not known here, or a model
-            that is spread over ranks.
+            with tensor parallelism or one that Transformers spread over the ranks by itself; on all ranks together.
     """
     core = unwrap(model)
     if loss_weight < 0:
@@ -88,47 +92,98 @@ def train_mtp(model: Any, loss_weight: float = 0.1) -> Any:
     if hasattr(core, NAME):
         getattr(core, NAME).loss_weight = loss_weight
         return model
+    together = failing_together if hf.is_distributed(core) else nullcontext
     with ExitStack() as stack:
-        _load(core, passthrough.open_kept(core, stack), loss_weight)
+        kept = passthrough.open_kept(core, stack)
+        with together():
+            form = _Form.of(core, kept)
+        try:
+            with together():
+                _load(core, kept, form, loss_weight)
+        except ValueError:
+            core._modules.pop(NAME, None)
+            raise
     setattr(core, passthrough.KEPT, {})
     core.forward = MethodType(_with_prediction(core.forward.__func__), core)
     install_save(core)
     return model
 
 
-def _load(core: Any, kept: dict[str, Any], loss_weight: float) -> None:
+@dataclass(frozen=True)
+class _Form:
+    """How a checkpoint keeps the modules.
+
+    Attributes:
+        first, section, copies: see `MultiTokenPrediction`.
+        places: name in the checkpoint -> ours.
+    """
+
+    first: int
+    section: bool
+    copies: list[str]
+    places: dict[str, str]
+
+    @classmethod
+    def of(cls, core: Any, kept: dict[str, Any]) -> "_Form":
+        """That of the tensors `kept`; raises as `train_mtp`."""
+        if not kept:
+            raise ValueError(
+                f"train_mtp: the checkpoint of this {type(core).__name__} has no modules for multi-token prediction, "
+                "or it was not loaded with slipstream.AutoModelForCausalLM.from_pretrained"
+            )
+        if hf.is_distributed(core):
+            _check_layout(core, _setup(core))
+        first = core.config.get_text_config().num_hidden_layers
+        section = any(name.startswith("mtp.") for name in kept)
+        ours = {name: _internal(name, first, section) for name in kept}
+        copies = [name for name in kept if name.endswith(_COPIES)]
+        places = {name: target for name, target in ours.items() if target is not None and name not in copies}
+        if any(target is None for target in ours.values()) or not any(".eh_proj." in name for name in places.values()):
+            odd = next((name for name, target in ours.items() if target is None), next(iter(kept)))
+            raise ValueError(
+                f"train_mtp knows the form of DeepSeek-V3, GLM-4 and Qwen3-Next, not that of {odd}; without it these "
+                "tensors stay as they are and are saved again"
+            )
+        return cls(first, section, copies, places)
+
+
+def _load(core: Any, kept: dict[str, Any], form: _Form, loss_weight: float) -> None:
     """Make the modules and read them from the slices `kept`; raises as `train_mtp`."""
-    if not kept:
-        raise ValueError(
-            f"train_mtp: the checkpoint of this {type(core).__name__} has no modules for multi-token prediction, or it "
-            "was not loaded with slipstream.AutoModelForCausalLM.from_pretrained"
-        )
-    if hf.is_distributed(core):
-        raise ValueError("train_mtp does not work with FSDP2 or expert parallelism yet; leave distributed_setup out")
-    text = core.config.get_text_config()
-    first, section = text.num_hidden_layers, any(name.startswith("mtp.") for name in kept)
-    ours = {name: _internal(name, first, section) for name in kept}
-    copies = [name for name in kept if name.endswith(_COPIES)]
-    places = {name: target for name, target in ours.items() if target is not None and name not in copies}
-    if any(target is None for target in ours.values()) or not any(".eh_proj." in name for name in places.values()):
-        odd = next((name for name, target in ours.items() if target is None), next(iter(kept)))
-        raise ValueError(
-            f"train_mtp knows the form of DeepSeek-V3, GLM-4 and Qwen3-Next, not that of {odd}; without it these "
-            "tensors stay as they are and are saved again"
-        )
-    count = 1 + max(int(target.split(".")[2]) for target in places.values())
-    device, dtype = next(core.parameters()).device, core.dtype
+    count = 1 + max(int(target.split(".")[2]) for target in form.places.values())
     layers = hf_models.prediction_layers(core, count)
-    module = MultiTokenPrediction(layers, first, loss_weight, section, copies).to(device, dtype)
+    module = MultiTokenPrediction(layers, form.first, loss_weight, form.section, form.copies)
     core.add_module(NAME, module)
-    missing = hf_models.load_into(core, {target: kept[name] for name, target in places.items()})
+    setup, applied = _setup(core), acceleration_of(core)
+    if hf.is_distributed(core):
+        shard_added(core, NAME, setup)
+    missing = hf_models.load_into(core, {target: kept[name] for name, target in form.places.items()})
     if lacking := sorted(name for name in missing if name.startswith(f"{NAME}.")):
-        delattr(core, NAME)
         raise ValueError(f"train_mtp: the checkpoint lacks {', '.join(lacking[:3])}")
-    applied = acceleration_of(core)
+    checkpoint_activations(core, setup.activation_checkpointing)
     if applied is not None and any(choice.chosen == "layers" for choice in applied.choices):
         compile_layers(module)
     module.train(core.training)
+
+
+def _setup(core: Any) -> DistributedSetup:
+    applied = acceleration_of(core)
+    return DistributedSetup() if applied is None else applied.setup
+
+
+def _check_layout(core: Any, setup: DistributedSetup) -> None:
+    """Refuse a layout of `core` that the modules cannot be given."""
+    config = core.config.distributed_config
+    if config.tp_size > 1:
+        raise ValueError(
+            f"train_mtp does not work with tensor parallelism (tp_size={config.tp_size}); use FSDP2, with ep_size for "
+            "the experts"
+        )
+    asked = setup.fsdp_size, setup.ep_size, setup.replicas
+    if asked != (config.fsdp_size, config.ep_size, config.dp_replicate_size):
+        raise ValueError(
+            "train_mtp: this model was spread over the ranks by a distributed_config; give "
+            "slipstream.AutoModelForCausalLM.from_pretrained a distributed_setup instead"
+        )
 
 
 def _internal(name: str, first: int, section: bool) -> str | None:
@@ -162,12 +217,19 @@ def _with_prediction(original: Any) -> Any:
         def remember(decoder: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
             seen.update(hidden=output.last_hidden_state, given=given)
 
-        hook = self.get_decoder().register_forward_hook(remember, with_kwargs=True)
+        def remember_embedded(embedding: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            seen.update(embedded=output)
+
+        hooks = [
+            self.get_decoder().register_forward_hook(remember, with_kwargs=True),
+            self.get_input_embeddings().register_forward_hook(remember_embedded),
+        ]
         try:
             output = original(self, *args, **kwargs)
         finally:
-            hook.remove()
-        loss = predictions_loss(self, module, seen["hidden"], seen["given"], labels, kwargs.get("num_items_in_batch"))
+            for hook in hooks:
+                hook.remove()
+        loss = predictions_loss(self, module, labels=labels, num_items=kwargs.get("num_items_in_batch"), **seen)
         module.loss = loss.detach()
         output.loss = output.loss + module.loss_weight * loss
         return output
@@ -176,34 +238,35 @@ def _with_prediction(original: Any) -> Any:
 
 
 def predictions_loss(
-    model: Any, module: MultiTokenPrediction, hidden_BSH: torch.Tensor, given: dict[str, Any], labels: torch.Tensor,
-    num_items_in_batch: Any,
+    model: Any, module: MultiTokenPrediction, hidden: torch.Tensor, given: dict[str, Any], labels: torch.Tensor,
+    num_items: Any, embedded: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The mean over the modules of their losses.
 
     Args:
-        hidden_BSH: of the last layer, behind its norm.
+        hidden: `[B, S, H]` of the last layer, behind its norm.
         given: what the decoder was called with.
         labels: `[B, S]`, not shifted.
+        num_items: what to divide the sums by, as in `deferred_causal_lm_loss`.
+        embedded: `[B, S, H]` of the tokens, where they were looked up: a second time would gather the weights again.
 
     Raises: ValueError without `input_ids`, whose embeddings the modules need.
     """
     ids = given.get("input_ids")
-    if ids is None:
+    if ids is None or embedded is None:
         raise ValueError("training multi-token prediction needs input_ids; inputs_embeds don't say which token is next")
     positions = given.get("position_ids")
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
     positions = positions.expand(ids.shape)
-    head, losses = model.get_output_embeddings(), []
+    head, losses, hidden_BSH = model.get_output_embeddings(), [], hidden
     rotated = hf_models.rotary_embedding(model, hidden_BSH, positions)
     with rows_known(model, given):
         mask = hf_models.causal_mask(model, hidden_BSH, given.get("attention_mask"), positions)
         for depth, layer in enumerate(module.layers, start=1):
-            embedded_BSH = model.get_input_embeddings()(ids.roll(-depth, 1))
             hidden_BSH = layer(
-                embedded_BSH, hidden_BSH, position_embeddings=rotated, attention_mask=mask, position_ids=positions,
-                past_key_values=None,
+                embedded.roll(-depth, 1), hidden_BSH, position_embeddings=rotated, attention_mask=mask,
+                position_ids=positions, past_key_values=None,
             )  # fmt: skip
             # Only where the token that is embedded and the one to predict belong to this token's document.
             shifted, places = (F.pad(x, (0, depth + 1), value=IGNORE)[:, depth + 1 :] for x in (labels, positions))
@@ -211,7 +274,7 @@ def predictions_loss(
             logits = DeferredLogits(hidden_BSH, head) if isinstance(head, nn.Linear) else head(hidden_BSH)
             losses.append(
                 deferred_causal_lm_loss(
-                    logits, labels, model.config.get_text_config().vocab_size, num_items_in_batch, shift_labels=shifted
+                    logits, labels, model.config.get_text_config().vocab_size, num_items, shift_labels=shifted
                 )
             )
     return torch.stack(losses).mean()

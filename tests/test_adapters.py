@@ -1,18 +1,22 @@
 """PEFT's adapters on experts: on our models as on Transformers' own, and each side's files on the other."""
 
 import copy
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.config import PeftConfigMixin
 from torch import nn
 
 import slipstream
 from slipstream.adapters import all_experts, check
 from slipstream.compilation import compile_layers
+from slipstream.shared_adapters import share_experts
 from tests.tiny_models import tiny_batch, tiny_model
 
 ROWS = tiny_batch(batch=3, length=16)
@@ -159,6 +163,56 @@ def test_trained_weights_beside_adapters() -> None:
         results.append(step(adapted))
     assert any(name.endswith(".down_proj") for name in results[0][1])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_one_pair_for_all_experts(model_type: str, no_delta: Any, tmp_path: Path) -> None:
+    """As a pair for each expert, all the same, whose gradients are summed; there and back through plain PEFT."""
+    plain, ours = pair(model_type)
+    torch.manual_seed(0)
+    shared = get_peft_model(ours, share_experts(config_for(ours, use_rslora=True)))
+    shared.save_pretrained(str(tmp_path))
+    tied = plain_peft(plain, tmp_path)
+    tied.train()
+    expected_loss, each = step(tied)
+    expected_logits = tied(ROWS).logits
+    transformers_too = PeftModel.from_pretrained(pair(model_type)[0], tmp_path)
+    torch.testing.assert_close(transformers_too(ROWS).logits, expected_logits, rtol=1e-5, atol=1e-5)
+    loss, grads = step(shared)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    assert grads.keys() == each.keys()
+    experts = {name: grad for name, grad in grads.items() if ".experts." in name}
+    assert len(experts) >= 4
+    for name, grad in grads.items():
+        want = each[name]
+        if name in experts:
+            assert grad.numel() * 8 == want.numel(), name
+            want = want.view(8, 4, -1).sum(0) if "lora_A" in name else want.view(-1, 4, 8).sum(2)
+        assert (grad - want).abs().max() / want.abs().max() < 1e-4, name
+    again = PeftModel.from_pretrained(pair(model_type)[1], tmp_path, is_trainable=True)
+    for (name, parameter), other in zip(again.named_parameters(), shared.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+    no_delta()
+    torch.testing.assert_close(again(ROWS).logits + 0, expected_logits, rtol=1e-5, atol=1e-5)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(merged(ROWS).logits + 0, expected_logits, rtol=1e-4, atol=1e-4)
+
+
+def plain_peft(model: nn.Module, folder: Path) -> PeftModel:
+    """What PEFT by itself makes of a folder: it has no use for the mark, and a pair for each expert."""
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    with pytest.warns(UserWarning, match=r"slipstream_share_experts.*ignored"):
+        config: Any = PeftConfigMixin.from_peft_type.__func__.__wrapped__(LoraConfig, **saved)  # type: ignore[attr-defined]
+    return PeftModel.from_pretrained(model, folder, config=config, is_trainable=True)
+
+
+def test_what_cannot_be_shared(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="names no experts"):
+        share_experts(LoraConfig(target_modules=["q_proj"]))
+    adapt(pair("qwen3_moe")[0]).save_pretrained(str(tmp_path))
+    config = share_experts(LoraConfig.from_pretrained(str(tmp_path)))
+    with pytest.raises(ValueError, match="the experts' factors differ"):
+        PeftModel.from_pretrained(pair("qwen3_moe")[1], tmp_path, config=config)
 
 
 @pytest.mark.parametrize("changes", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])

@@ -1,5 +1,6 @@
 """What slipstream/hf_models.py relies on in Transformers. A failure here means that upstream moved something."""
 
+import copy
 import inspect
 import os
 import sys
@@ -36,6 +37,29 @@ def test_experts_are_split_as_their_own_plans_say() -> None:
     assert foreign.adapt(dbrx)
     with pytest.raises(ValueError, match="leave ep_size out"):
         hf_models.experts_plan(dbrx)
+
+
+def test_experts_that_a_spread_model_is_given() -> None:
+    """Their plan gets layer numbers; the meshes and the exchange are those of the model."""
+    model = tiny_model("qwen3_moe")
+    model.add_module("more", torch.nn.ModuleList([copy.deepcopy(model.model.layers[0])]))
+    plan = {f"more.*.mlp.experts.{key}": "grouped_gemm" for key in ("gate_up_proj", "down_proj")}
+    plan["more.*.mlp.experts"] = "ep_dispatch_experts"
+    numbered = {name.replace("*", "0"): style for name, style in plan.items()}
+    assert model._expand_parallel_plan(plan) == numbered
+    names = inspect.signature(hf_models.apply_expert_parallelism).parameters
+    assert list(names) == ["model", "ep_mesh", "tp_mesh", "plan", "ep_implementation"]
+    assert hf_models.meshes(model) is None
+    assert hf_models.split_experts(model, {}) == {}
+
+
+def test_prediction_layers_have_the_dtypes_of_the_model() -> None:
+    model = tiny_model("glm4_moe").bfloat16()
+    layers = hf_models.prediction_layers(model, 2)
+    tensors = layers.state_dict()
+    assert all(tensor.is_meta for tensor in tensors.values())
+    in_fp32 = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
+    assert in_fp32 == {f"{layer}.mtp_block.mlp.gate.e_score_correction_bias" for layer in range(2)}
 
 
 def test_parameters_are_seen_one_after_the_other_while_they_are_read(tmp_path: Path, monkeypatch) -> None:

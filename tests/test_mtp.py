@@ -109,6 +109,19 @@ def test_trains_and_comes_back(tmp_path: Path, model_type: str, modules: int) ->
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+def test_16_bits_leave_the_routers_bias_in_fp32(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "a", "glm4_moe")
+    model = slipstream.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
+    conversions = model._weight_conversions
+    assert slipstream.train_mtp(model, 0.3)._weight_conversions is conversions
+    model.save_pretrained(tmp_path / "b")
+    saved = load_file(tmp_path / "b" / "model.safetensors")
+    in_fp32 = {name for name, tensor in saved.items() if tensor.dtype == torch.float32}
+    assert "model.layers.4.mlp.gate.e_score_correction_bias" in in_fp32
+    assert all(name.endswith("e_score_correction_bias") for name in in_fp32)
+    assert all(torch.equal(saved[name], tensor.to(saved[name].dtype)) for name, tensor in source.items())
+
+
 def test_documents_of_a_row_stay_apart(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "deepseek_v3")
     model = slipstream.train_mtp(_load(tmp_path), 1.0)
@@ -166,3 +179,5 @@ def test_from_a_recipe(tmp_path: Path) -> None:
     assert not torch.equal(saved["model.layers.4.eh_proj.weight"], source["model.layers.4.eh_proj.weight"])
     with pytest.raises(ValueError, match="does not go together with lora"):
         Recipe.model_validate({**sections, "lora": {}})
+    with pytest.raises(ValueError, match=r"does not go together with distributed\.tp_size"):
+        Recipe.model_validate({**sections, "distributed": {"tp_size": 2}})

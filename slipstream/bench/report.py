@@ -1,6 +1,7 @@
 """From the runs to the figures, and the figures as data, a table in the terminal, Markdown and files."""
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -118,11 +119,13 @@ def _problems(rows: list[dict[str, Any]]) -> list[str]:
                 f"{who}: first loss {row['first_loss']:.4f}, but {base['first_loss']:.4f} in {base['contender']}: "
                 "they do not compute the same, so their times do not compare"
             )
+        if not math.isfinite(row["last_loss"]):
+            problems.append(f"{who}: the last loss is {row['last_loss']}: steps of that do not compare")
     return problems
 
 
 def failed(report: dict[str, Any]) -> bool:
-    """Whether the run proves nothing: Slipstream failed, or losses disagree."""
+    """Whether the run proves nothing: Slipstream failed, or losses disagree or are not finite."""
     ours = any(row["failures"] for row in report["rows"] if row["contender"] == OURS)
     return ours or any("do not compare" in problem for problem in report["problems"])
 
@@ -202,7 +205,12 @@ def markdown(report: dict[str, Any], plot: str | None = None) -> str:
         lines += [f"  - {note}" for note in run["notes"]]
     for row in report["rows"]:
         if "profile" in row:
-            lines += ["", f"## Profile: {row['contender']}, {row['gate']} gate", "", *_profile(row["profile"])]
+            lines += [
+                "",
+                f"## Profile: {row['contender']}, {row['gate']} gate",
+                "",
+                *_profile(row["profile"], row["back_to_back_ms"]),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -210,11 +218,12 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
-def _profile(profile: dict[str, Any]) -> list[str]:
+def _profile(profile: dict[str, Any], back_to_back_ms: float) -> list[str]:
     layers, host = profile["layers"], profile["host_ms"]
     lines = [
         f"Kernels {profile['kernel_ms']:.1f} ms, busy {profile['busy_ms']:.1f} of the step's {profile['step_ms']:.1f}: "
-        f"**{profile['idle_percent']:.1f} % idle** ({profile['idle_percent_profiled']:.1f} % under the profiler). "
+        f"**{profile['idle_percent']:.1f} % idle** ({profile['idle_percent_profiled']:.1f} % under the profiler), "
+        f"{max(0.0, 100 * (1 - profile['busy_ms'] / back_to_back_ms)):.1f} % of a step back to back. "
         f"{profile['launches']} kernels and copies, {profile['launches'] / layers:.0f} a layer, from "
         f"{profile['host_launches']} launches. Host: "
         + ", ".join(f"{part} {host[part]:.1f} ms" for part in PARTS)

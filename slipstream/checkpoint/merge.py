@@ -25,6 +25,7 @@ from slipstream import hf
 from slipstream.checkpoint.export import INDEX, ONE_FILE_BYTES, write_shard
 from slipstream.checkpoint.export_plan import Holding, make_plan
 from slipstream.checkpoint.output import TOKENIZER_FILES, check_output_folder, write_model
+from slipstream.shared_adapters import share_experts
 
 ADAPTER = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -124,7 +125,7 @@ def _adapter_config(folder: Path) -> LoraConfig:
         other.append(f"init_lora_weights={config.init_lora_weights}")
     if other:
         raise ValueError(f"ADAPTER {folder}: {other[0]} is not merged here; use PEFT's merge_and_unload")
-    return config
+    return share_experts(config, False)  # its files have the factors of each expert
 
 
 def _check_name(recorded: str | None, base: str, folder: Path) -> None:

@@ -40,7 +40,7 @@ from slipstream.checkpoint.training_state import (
     set_rng_state,
     training_state,
 )
-from slipstream.parallel.setup import rank_and_ranks
+from slipstream.parallel.setup import failing_together, rank_and_ranks
 
 FORMAT = 1
 INFO_FILE, LATEST = "checkpoint.json", "latest"
@@ -227,12 +227,9 @@ def load(
         have their sizes, names and shapes, nothing has been changed then.
     """
     rank, ranks = rank_and_ranks()
-    record, error = {}, None
-    try:
+    record: dict[str, Any] = {}
+    with failing_together():
         record = read_info(path)
-    except ValueError as refused:
-        error = str(refused)
-    _raise_together(error)
     reader = dcp.FileSystemReader(path)
     saved = reader.read_metadata().state_dict_metadata
     state: State = {"model": model_state(model)}
@@ -267,16 +264,6 @@ def load(
         same_ranks=same,
         _rng=stored[rank][0] if rank in stored else None,
     )
-
-
-def _raise_together(error: str | None) -> None:
-    errors: list[str | None] = [error]
-    if dist.is_initialized():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-    for message in errors:
-        if message is not None:
-            raise ValueError(message)
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -3,9 +3,13 @@
 import importlib.metadata
 import importlib.util
 import platform
+import tomllib
+from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+
+import slipstream
 
 # The packages that a run stands on, in the order in which people ask for them.
 CORE = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors")
@@ -32,7 +36,8 @@ OPTIONAL = (
 
 def versions() -> dict[str, str | None]:
     """Of Python, Slipstream and `CORE`; None: not installed."""
-    found = {"python": platform.python_version(), "slipstream": _version("slipstream")}
+    own = _version("slipstream") or f"{slipstream.__version__} (not installed)"  # a source tree on PYTHONPATH
+    found = {"python": platform.python_version(), "slipstream": own}
     return found | {name: _version(name) for name in CORE}
 
 
@@ -45,9 +50,9 @@ def optional_packages() -> list[dict[str, Any]]:
 
 
 def requirement_problems() -> list[str]:
-    """Packages outside the ranges of slipstream's own metadata; a missing package of an extra is no problem."""
+    """Packages outside the ranges that slipstream states; a missing package of an extra is no problem."""
     problems = []
-    for line in importlib.metadata.requires("slipstream") or []:
+    for line in _requirements():
         requirement = Requirement(line)
         needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         installed = _version(requirement.name)
@@ -59,6 +64,19 @@ def requirement_problems() -> list[str]:
                 f"pip install '{requirement.name}{requirement.specifier}'"
             )
     return sorted(set(problems))
+
+
+def _requirements() -> list[str]:
+    """Slipstream's, from its metadata, or where it runs without installation, from its source tree if that is there."""
+    try:
+        return importlib.metadata.requires("slipstream") or []
+    except importlib.metadata.PackageNotFoundError:
+        source = Path(slipstream.__file__).parents[1] / "pyproject.toml"
+    if not source.is_file():
+        return []
+    project = tomllib.loads(source.read_text(encoding="utf-8"))["project"]
+    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name != "test"}
+    return project["dependencies"] + [f"{line}; extra == '{name}'" for name, lines in extras.items() for line in lines]
 
 
 def _version(name: str) -> str | None:

@@ -100,11 +100,11 @@ def _count(experts: nn.Module, args: tuple[Any, ...]) -> None:
 def layer_name(module_name: str) -> str:
     """The number of the layer that a module is in, as text; the module's whole name where there is none.
 
-    >>> layer_name("model.layers.3.mlp.experts")
-    '3'
+    >>> layer_name("model.layers.3.mlp.experts"), layer_name("mtp.layers.0.mtp_block.mlp.experts")
+    ('3', 'mtp 0')
     """
-    number = re.search(r"\.(\d+)\.", module_name)
-    return number[1] if number else module_name
+    number = re.search(r"(^mtp|)\b.*?\.(\d+)\.", module_name)
+    return " ".join(filter(None, number.groups())) if number else module_name
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

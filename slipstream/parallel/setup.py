@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -186,6 +187,25 @@ def rank_and_ranks() -> tuple[int, int]:
 
     ready = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """A context that every rank enters: the ValueError of the first rank that has one inside is raised on all."""
+    import torch.distributed as dist
+
+    error: ValueError | None = None
+    try:
+        yield
+    except ValueError as refused:
+        error = refused
+    messages: list[str | None] = [None if error is None else str(error)]
+    if rank_and_ranks()[1] > 1:
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, None if error is None else str(error))
+    first = next((message for message in messages if message is not None), None)
+    if first is not None:
+        raise ValueError(first) if error is None else error
 
 
 def _ranks(count: int) -> str:

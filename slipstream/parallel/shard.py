@@ -35,19 +35,10 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
         fsdp_plan: module name -> "free_full_weight" or "keep_full_weight" (after forward).
         ep_plan: module or parameter name -> style; the experts are "ep_dispatch_experts".
     """
-    policies = _policies(setup)
-    owned = _experts_of_one_owner(model, meshes, ep_plan) if stay_put(setup) else set()
-    if setup.ep_size > 1 and not owned:
-        mesh = _data_mesh(meshes, "efsdp", setup)
-        place = _placement(model, setup.efsdp_size)
-        for name, style in ep_plan.items():
-            if style == "ep_dispatch_experts":
-                experts = model.get_submodule(name)
-                fully_shard(experts, mesh=mesh, reshard_after_forward=True, shard_placement_fn=place, **policies)
-                _scale_gradients(experts, setup)
-
+    owned = _shard_experts(model, meshes, ep_plan, setup)
     freed, kept = _units(model, fsdp_plan)
     mesh = _data_mesh(meshes, "fsdp", setup)
+    policies = _policies(setup)
     policies |= {"shard_placement_fn": _placement(model, setup.fsdp_size), "ignored_params": owned}
     units, frees = _join_layers(freed, decoder_layers(model), owned, setup)
     embedding: Any = model.get_input_embeddings()
@@ -68,10 +59,46 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
     return model
 
 
+def shard_added(model: Any, name: str, setup: DistributedSetup) -> None:
+    """Spread a module that was added to a `model` which `shard` has spread, in place: its experts as the model's, and
+    each of its `layers`, which run behind the model's own, as a unit of FSDP2.
+
+    Args:
+        name: the module's in `model`; on the meta device, all its parameters in `layers`.
+    """
+    added: Any = model.get_submodule(name)
+    meshes = hf_models.meshes(model)
+    plan = {f"{name}.{key}": style for key, style in plan_experts(added, setup.ep_size).items()}
+    owned = _shard_experts(model, meshes, hf_models.split_experts(model, plan), setup)
+    policies = _policies(setup)
+    policies |= {"shard_placement_fn": _placement(model, setup.fsdp_size), "ignored_params": owned}
+    for layer in added.layers:
+        # Backward begins with the last.
+        frees = layer is not added.layers[-1] and setup.reshard_after_forward is not False
+        fully_shard(layer, mesh=_data_mesh(meshes, "fsdp", setup), reshard_after_forward=frees, **policies)
+
+
 def plan_experts(model: Any, ep_size: int) -> Plan:
     """How the experts of a model on the meta device are split: name -> style; empty where `ep_size` is 1."""
     adapt(model)
     return hf_models.experts_plan(model) if ep_size > 1 else {}
+
+
+def _shard_experts(model: Any, meshes: Any, ep_plan: Plan, setup: DistributedSetup) -> set[nn.Parameter]:
+    """Give the experts of `ep_plan` units of their own; those that FSDP2 has nothing to do for are returned instead."""
+    if stay_put(setup):
+        return _experts_of_one_owner(model, meshes, ep_plan)
+    if setup.ep_size > 1:
+        mesh = _data_mesh(meshes, "efsdp", setup)
+        place = _placement(model, setup.efsdp_size)
+        for name, style in ep_plan.items():
+            if style == "ep_dispatch_experts":
+                experts = model.get_submodule(name)
+                fully_shard(
+                    experts, mesh=mesh, reshard_after_forward=True, shard_placement_fn=place, **_policies(setup)
+                )
+                _scale_gradients(experts, setup)
+    return set()
 
 
 def stay_put(setup: DistributedSetup) -> bool:

@@ -88,7 +88,7 @@ def make_plan(recipe: Recipe, gpus: int, gpu: Gpu) -> Plan:
     layout = layout_of(recipe, config, gpus, notes)
     model = describe_model(recipe.model.name_or_path or recipe.model.config or "", config, layout.seq_len)
     if recipe.lora is not None:
-        model = dataclasses.replace(model, shape=_adapted(model.shape, recipe.lora))
+        model = dataclasses.replace(model, shape=adapted(model.shape, recipe.lora))
     return dataclasses.replace(plan_layout(model, layout, gpu), notes=tuple(notes))
 
 
@@ -215,7 +215,7 @@ def layout_of(recipe: Recipe, config: PretrainedConfig, gpus: int, notes: list[s
     return layout
 
 
-def _adapted(shape: Shape, lora: LoraSection) -> Shape:
+def adapted(shape: Shape, lora: LoraSection) -> Shape:
     """`shape` with only those linear layers that LoRA adapts, by PEFT's rules for `target_modules`; a layer's adapted
     experts count as one of them."""
     targets = lora.target_modules
@@ -228,9 +228,10 @@ def _adapted(shape: Shape, lora: LoraSection) -> Shape:
     parameters = lora.target_parameters or ()
     for number, layer in enumerate(shape.layers):
         experts = layer.experts
+        pairs = 1 if lora.share_experts else experts.number
         for name, inputs, outputs in (("up", experts.hidden, experts.up), ("down", experts.inner, experts.hidden)):
             if parameters == ALL_EXPERTS or any(f"{name}_proj" in given for given in parameters):
-                kept.append(Linear(f"{number}.experts.{name}_proj", experts.number * inputs, experts.number * outputs))
+                kept.append(Linear(f"{number}.experts.{name}_proj", pairs * inputs, pairs * outputs))
     if not kept:
         raise ValueError(f"lora.target_modules={targets}: matches no linear layer of the model")
     return dataclasses.replace(shape, linears=tuple(kept))

@@ -9,7 +9,8 @@ from typing import Any
 from slipstream.bench.options import OURS, Options
 from slipstream.planning.gpus import find_gpu
 from slipstream.planning.memory import Layout
-from slipstream.planning.plan import describe_model
+from slipstream.planning.plan import adapted, describe_model
+from slipstream.train.recipe import ALL_EXPERTS, LoraSection
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ def compare(path: Path) -> list[Comparison]:
     known = {field.name for field in dataclasses.fields(Options)}
     options = Options(**{key: value for key, value in record["options"].items() if key in known})
     model = describe_model(options.model, options.config(), options.seq_len, options.packed)
+    if options.lora is not None:
+        adapters = LoraSection.model_validate({"r": options.lora, "target_parameters": ALL_EXPERTS})
+        model = dataclasses.replace(model, shape=adapted(model.shape, adapters))
     gpu = find_gpu(record["device"])
     found = []
     for row in rows:
@@ -60,13 +64,15 @@ def compare(path: Path) -> list[Comparison]:
 
 
 def _layout(options: Options, settings: dict[str, Any]) -> Layout:
+    ours = options.optimizer == OURS and options.lora is None
     return Layout(
         gpus=options.nproc,
         ep_size=options.ep_size,
         micro_batch=options.micro_batch,
         seq_len=options.seq_len,
         checkpointing=options.activation_checkpointing,
-        optimizer="slipstream_adamw" if options.optimizer == OURS else "adamw_torch_fused",
+        optimizer="slipstream_adamw" if ours else "adamw_torch_fused",
+        lora_rank=options.lora,
         compiled=settings["compile"] == "layers",
         fused_loss=settings["loss"] == "fused",
         dispatcher=settings["dispatcher"],

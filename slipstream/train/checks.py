@@ -14,6 +14,7 @@ from slipstream import adapters
 from slipstream.bench.presets import PRESETS, build_config
 from slipstream.hf import num_routed_experts
 from slipstream.parallel.setup import DistributedSetup
+from slipstream.shared_adapters import share_experts
 from slipstream.train.byte_tokenizer import NAME as BYTES
 from slipstream.train.byte_tokenizer import byte_tokenizer
 from slipstream.train.recipe import ALL_EXPERTS, DEFAULT_MAX_LENGTH, LoraSection, ModelSection, Recipe
@@ -108,7 +109,7 @@ def lora_config(section: LoraSection | None, config: PreTrainedConfig) -> LoraCo
     """
     if section is None:
         return None
-    values = section.model_dump(exclude={"load_in_4bit"})
+    values = section.model_dump(exclude={"share_experts", "load_in_4bit"})
     if section.target_parameters == ALL_EXPERTS:
         if num_routed_experts(config) is None:
             raise ValueError(
@@ -117,7 +118,7 @@ def lora_config(section: LoraSection | None, config: PreTrainedConfig) -> LoraCo
         values["target_parameters"] = [ALL_EXPERTS]
     made = LoraConfig(task_type="CAUSAL_LM", **values)
     adapters.check(made)
-    return made
+    return share_experts(made) if section.share_experts else made
 
 
 def check_setup(setup: DistributedSetup, config: PreTrainedConfig) -> None:

@@ -280,6 +280,9 @@ class LoraSection(Section):
     alpha_pattern: dict[str, float] = Field({}, description="Name -> a lora_alpha of its own.")
     modules_to_save: list[str] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
+    share_experts: bool = Field(
+        False, description="One pair of factors for all experts of a projection, instead of one for each."
+    )
     use_rslora: bool = False
     use_dora: bool = False
     load_in_4bit: bool = Field(
@@ -351,8 +354,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _trains_predictions_whole(self) -> "Recipe":
-        if self.train.mtp_loss_weight and (self.lora or self.distributed):
-            other = "lora" if self.lora else "distributed"
+        if self.train.mtp_loss_weight and (self.lora or self.distributed.get("tp_size", 1) > 1):
+            other = "lora" if self.lora else "distributed.tp_size"
             raise ValueError(f"train.mtp_loss_weight does not go together with {other} yet; leave one out")
         return self
 

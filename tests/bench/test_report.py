@@ -56,6 +56,12 @@ def test_repeats_are_taken_together() -> None:
     assert theirs["peak_gib"] == 80
 
 
+def test_a_loss_that_is_no_number_fails_the_run() -> None:
+    found = report([RUNS[0], {**RUNS[1], "last_loss": float("nan")}])
+    assert found["problems"] == ["slipstream, learned gate: the last loss is nan: steps of that do not compare"]
+    assert failed(found)
+
+
 def test_losses_that_disagree_fail_the_run() -> None:
     found = report([RUNS[0], run("slipstream", "learned", 0.5, loss=12.1)])
     assert failed(found)
@@ -93,15 +99,15 @@ def test_files_and_table_say_the_same(tmp_path: Path) -> None:
         "kernels": [{"name": "void f<a|b>", "ms": 7.5, "count": 4, "category": "attention"}],
         "syncs": [{"place": "transformers/x.py:3", "count": 2}],
     }  # fmt: skip
-    found = report([{**RUNS[0], "profile": profile}, RUNS[1]])
+    found = report([{**RUNS[0], "profile": profile, "back_to_back_ms": 32.0}, RUNS[1]])
     paths = write_results(found, tmp_path / "results")
     assert [path.suffix for path in paths] == [".md", ".json", ".svg"]
     assert found["date"] in paths[0].name
     assert "h200-qwen3-30b-a3b-2l-1x4096" in paths[0].name
     text = paths[0].read_text()
     for words in ("36.0 (35.0-37.0)", "| 1.76 |", "| 2.00 |", "1.50 / 2.00", "40.0 (42.0)", "torch 2.11", "a note",
-                  "**22.2 % idle**", "50 a layer", "2.00 ms a layer", "`transformers/x.py:3` (2 x)",
-                  "| attention | 7.50 |", f"]({paths[2].name})"):  # fmt: skip
+                  "**22.2 % idle**", "12.5 % of a step back to back", "50 a layer", "2.00 ms a layer",
+                  "`transformers/x.py:3` (2 x)", "| attention | 7.50 |", f"]({paths[2].name})"):  # fmt: skip
         assert words in text
     assert all(line.count("|") == text.splitlines()[6].count("|") for line in text.splitlines()[6:10])
     assert json.loads(paths[1].read_text()) == found

@@ -15,6 +15,7 @@ from slipstream.adapters import all_experts
 from slipstream.checkpoint import merge as module
 from slipstream.checkpoint.merge import merge
 from slipstream.cli import main
+from slipstream.shared_adapters import share_experts
 from tests.tiny_models import tiny_batch, tiny_model
 
 IDS = tiny_batch(2, 16)
@@ -25,6 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ungated": ("nemotron_h", {"target_modules": ["q_proj"]}),
     "all-linear, the router too": ("mixtral", {"target_modules": "all-linear"}),
     "a shared expert": ("deepseek_v3", {"target_modules": "all-linear"}),
+    "one pair for all experts": ("qwen3_moe", {"share_experts": True}),
     "dense, embedding and whole head": (
         "llama",
         {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
@@ -39,7 +41,8 @@ def make(folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **ch
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     torch.manual_seed(1)
     values = {"r": 4, "target_parameters": all_experts(model) or None, "init_lora_weights": False, **changes}
-    adapted = get_peft_model(model, LoraConfig(**values))
+    shared = values.pop("share_experts", False)
+    adapted = get_peft_model(model, share_experts(LoraConfig(**values), shared))
     for name, parameter in adapted.named_parameters():
         if "modules_to_save" in name:
             parameter.data.mul_(1.1)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from rich.console import Console
 
+import slipstream
 from slipstream.doctor import packages
 
 # `slipstream.cli` gives the command of the same name in place of its module.
@@ -113,6 +115,24 @@ def test_only_base_requirements_can_be_missing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(packages.importlib.metadata, "requires", lambda _: requirements)
     monkeypatch.setattr(packages, "_version", lambda _: None)
     assert packages.requirement_problems() == ["rich is missing: pip install 'rich>=13'"]
+
+
+def test_a_source_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed, version = set(packages._requirements()), packages.importlib.metadata.version
+
+    def absent(name: str) -> Any:
+        if name == "slipstream":
+            raise packages.importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(packages.importlib.metadata, "requires", absent)
+    monkeypatch.setattr(packages.importlib.metadata, "version", absent)
+    report = doctor.collect()
+    assert report["versions"]["slipstream"] == f"{slipstream.__version__} (not installed)"
+    read = {str(Requirement(line)) for line in packages._requirements()}
+    assert read == {str(Requirement(line)) for line in installed if "'test'" not in line}
+    monkeypatch.setattr(packages.slipstream, "__file__", "/nowhere/slipstream/__init__.py")
+    assert packages.requirement_problems() == []
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class RankFailedError(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 60.0, backend: str = "gloo"
+    function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0, backend: str = "gloo"
 ) -> list[Any]:
     """`function(*args)` on `ranks` ranks, one torch thread each; what each rank returned, in their order.
 

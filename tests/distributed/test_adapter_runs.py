@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 import slipstream
@@ -97,9 +98,11 @@ def metrics(folder: Path) -> list[float]:
     return [line[key] for line in lines for key in ("loss", "grad_norm", "eval_loss") if key in line]
 
 
-def test_the_recipe_on_two_ranks_writes_one_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_recipe_on_two_ranks_writes_one_adapter(tmp_path: Path, shared: bool) -> None:
     checkpoint = make_checkpoint(tmp_path / "tiny", make_tokenizer())
     lora = {"r": 4, "target_modules": ["q_proj"], "target_parameters": "all-experts", "use_rslora": True}
+    lora["share_experts"] = shared
     path = write_recipe(tmp_path, checkpoint, lora=lora, train={"max_steps": 3, "learning_rate": 0.02})
     recipe_run(path, [])
     two = ["distributed.ep_size=2", "train.per_device_train_batch_size=2", f"train.output_dir={tmp_path / 'two'}"]
@@ -113,5 +116,9 @@ def test_the_recipe_on_two_ranks_writes_one_adapter(tmp_path: Path) -> None:
             before = base(ids).logits
             logits.append(PeftModel.from_pretrained(base, tmp_path / folder)(ids).logits)
         assert (logits[-1] - before).abs().max() > 1e-2
+        tensors = load_file(tmp_path / folder / "adapter_model.safetensors")
+        (factors,) = (tensor for name, tensor in tensors.items() if "layers.0.mlp.experts.lora_A" in name)
+        of_experts = factors.view(-1, 4, factors.shape[1])
+        assert torch.equal(of_experts, of_experts[:1].expand_as(of_experts)) == shared
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in (tmp_path / "two").iterdir()}

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 import slipstream
 from slipstream import clip_grad_norm_, hf
 from slipstream.adapters import all_experts
+from slipstream.shared_adapters import share_experts
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_training import compare, full, train
 from tests.tiny_models import tiny_batch, tiny_model
@@ -26,10 +27,10 @@ SETUPS = {
 }
 
 
-def adapt(model: Any, **changes: Any) -> Any:
+def adapt(model: Any, shared: bool = False, **changes: Any) -> Any:
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False,
                            "target_parameters": all_experts(model), **changes})  # fmt: skip
-    return get_peft_model(model, config)
+    return get_peft_model(model, share_experts(config, shared))
 
 
 def trained(model: Any, *of: Any) -> Any:
@@ -105,6 +106,24 @@ def test_other_flavours(folders: Any, model_type: str, tmp_path: Path) -> None:
     base, adapter = folders(model_type)
     expected = trained(load(base, adapter, None))
     compare(run_ranks(worker, 2, base, adapter, {"ep_size": 2}, tmp_path / "saved")[0], expected)
+
+
+@pytest.mark.parametrize("name", ["ep 2", "fsdp 4, ep 2"])
+def test_one_pair_for_all_experts(folders: Any, name: str, tmp_path: Path) -> None:
+    base, _ = folders("qwen3_moe")
+    torch.manual_seed(3)
+    adapt(tiny_model_at(base), shared=True).save_pretrained(tmp_path / "adapter")
+    ranks, setup = SETUPS[name]
+    expected = trained(load(base, tmp_path / "adapter", None))
+    factors = [weight for key, weight in expected[3].items() if ".experts." in key]
+    assert {min(factor.shape) for factor in factors} == {4}, "one pair"
+    for result in run_ranks(worker, ranks, base, tmp_path / "adapter", setup, tmp_path / "saved"):
+        compare(result, expected)
+    again = PeftModel.from_pretrained(tiny_model_at(base), tmp_path / "saved")
+    found = {key: parameter for key, parameter in again.named_parameters() if key in expected[3]}
+    assert found.keys() == expected[3].keys()
+    for key, parameter in found.items():
+        torch.testing.assert_close(parameter, expected[3][key], rtol=1e-4, atol=1e-5)
 
 
 def new_adapter(base: Path, out: Path) -> torch.Tensor:

@@ -21,7 +21,7 @@ LAYOUTS = [(2, 2), (4, 4), (4, 2)]  # ranks, ep_size
 LENGTHS = (32, 24, 40, 16)
 
 
-def _batches(ranks: int) -> list[torch.Tensor]:
+def batches(ranks: int) -> list[torch.Tensor]:
     """A batch for each rank, of different lengths."""
     return [tiny_batch(1, LENGTHS[rank], seed=10 + rank) for rank in range(ranks)]
 
@@ -38,7 +38,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if not path.exists():
             model.save_pretrained(path)
         if not (path / f"expected-{ranks}.pt").exists():
-            losses = [model(input_ids=ids, labels=ids).loss for ids in _batches(ranks)]
+            losses = [model(input_ids=ids, labels=ids).loss for ids in batches(ranks)]
             loss = torch.stack(losses).mean()
             loss.backward()
             grads = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -64,7 +64,7 @@ def _step(
     model = slipstream.accelerate(model.train(), distributed_setup={"ep_size": ep_size})
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = _batches(ranks)[rank]
+    ids = batches(ranks)[rank]
     exchanged = _count_calls(EPImplementationInterface()[f"slipstream_{dispatcher}"])
     loss = model(input_ids=ids, labels=ids).loss
     assert len(exchanged) == len(list(hf.experts_modules(model))) > 0

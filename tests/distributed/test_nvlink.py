@@ -162,25 +162,28 @@ def _operator_differences(case: Layer) -> dict[str, float]:
 
 
 TOGETHER = {
-    "even": Layer((7, 7)),
     "ragged": Layer((9, 4), divisor=2.0),
     "no tokens": Layer((0, 8)),
+    "biases, exact": Layer((9, 4), biased=True, exact=True),
+    "checkpointed": Layer((5, 6), checkpointed=True),
+    "bf16": Layer((9, 4), dtype=torch.bfloat16, biased=True),
+    "compiled": Layer((9, 4), compiled=True, calls=3),
+}
+MORE = {
+    "even": Layer((7, 7)),
     "none anywhere": Layer((0, 0)),
     "exact": Layer((9, 4), exact=True),
     "exact, none anywhere": Layer((0, 0), exact=True),
-    "biases": Layer((9, 4), biased=True),
     "biases, exact, divisor": Layer((3, 5), biased=True, exact=True, divisor=4.0),
-    "checkpointed": Layer((5, 6), checkpointed=True),
     "only the experts train": Layer((5, 0), frozen=True),
-    "bf16": Layer((9, 4), dtype=torch.bfloat16, biased=True),
-    "compiled": Layer((9, 4), compiled=True, calls=3),
     "compiled, biases, exact": Layer((9, 4), compiled=True, biased=True, exact=True),
+    "growing": Layer((1, 2), calls=6),
 }
-ALONE = {"growing": Layer((1, 2), calls=6), "4 ranks": Layer((3, 0, 5, 2), biased=True)}
+FOUR = {"4 ranks": Layer((3, 0, 5, 2), biased=True)}
 
 
 @runnable
-@pytest.mark.parametrize("cases", [TOGETHER, *({name: case} for name, case in ALONE.items())], ids=" ".join)
+@pytest.mark.parametrize("cases", [TOGETHER, pytest.param(MORE, marks=pytest.mark.slow), FOUR], ids=" ".join)
 def test_operator(cases: dict[str, Layer]) -> None:
     ranks = len(next(iter(cases.values())).counts)
     if 0 < gpus < ranks:

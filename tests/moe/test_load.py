@@ -95,7 +95,10 @@ def step(model, ids, load=None, mask=None) -> torch.Tensor:
     return loss.detach()
 
 
-@pytest.mark.parametrize(("checkpointing", "padded"), [("none", True), ("full", False), ("selective", True)])
+@pytest.mark.parametrize(
+    ("checkpointing", "padded"),
+    [("none", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("full", False), ("selective", True)))],
+)
 def test_compiled_layers_count_too_and_nothing_is_compiled_more(checkpointing, padded) -> None:
     """As many graphs as without counting, no graph break, whatever the batch's shape; the same counts and losses."""
     seen = []
@@ -147,6 +150,7 @@ def test_health() -> None:
 def test_layer_names() -> None:
     assert layer_name("model.layers.12.mlp.experts") == "12"
     assert layer_name("base_model.model.model.layers.3.mlp.experts.base_layer") == "3"
+    assert layer_name("mtp.layers.1.mtp_block.mlp.experts") == "mtp 1"
     assert layer_name("experts") == "experts"
 
 

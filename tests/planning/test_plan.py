@@ -119,6 +119,8 @@ def test_lora() -> None:
     (up, down) = experts.linears[:2]
     assert (up.inputs, up.outputs, down.inputs, down.outputs) == (128 * 2048, 128 * 1536, 128 * 768, 128 * 2048)
     assert len(experts.linears) == 2 * len(experts.layers)
+    shared = plan(lora={"r": 8, "target_modules": [], "target_parameters": "all-experts", "share_experts": True})
+    assert [(one.inputs, one.outputs) for one in shared.model.shape.linears[:2]] == [(2048, 1536), (768, 2048)]
     with pytest.raises(ValueError, match="matches no linear layer"):
         plan(lora={"target_modules": ["nothing"]})
 

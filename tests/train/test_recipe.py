@@ -151,7 +151,8 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_names_are_those_of_transformers_and_peft() -> None:
     assert set(TrainSection.model_fields) - set(SFTConfig.__dataclass_fields__) == set(OURS)
-    assert set(LoraSection.model_fields) - set(LoraConfig.__dataclass_fields__) == {"load_in_4bit"}
+    ours = {"share_experts", "load_in_4bit"}
+    assert set(LoraSection.model_fields) - set(LoraConfig.__dataclass_fields__) == ours
     # Those two need a metric, and a closed loop, of their own.
     assert set(Scheduler.__args__) == {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
 

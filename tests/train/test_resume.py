@@ -352,7 +352,7 @@ def test_write_failure_is_told_and_the_last_one_stays(tmp_path: Path, monkeypatc
     assert latest(tmp_path) == tmp_path / "step-000001"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_exit_code(number: signal.Signals, tmp_path: Path, checkpoint: Path) -> None:
     """The command itself, told to stop by its scheduler."""
     path = write_recipe(tmp_path, checkpoint, train={"max_steps": 100_000})
