@@ -45,7 +45,6 @@ def check(config: Any, backend: BackendConfig, setup: DistributedSetup | None) -
 @contextmanager
 def packing() -> Iterator[None]:
     """Pack experts' weights as `from_pretrained` reads them, one by one: no two of them are there whole at once."""
-
     finish = []
 
     def observe(model: Any, name: str) -> None:

@@ -73,6 +73,7 @@ def _layout(options: Options, settings: dict[str, Any]) -> Layout:
         checkpointing=options.activation_checkpointing,
         optimizer="slipstream_adamw" if ours else "adamw_torch_fused",
         lora_rank=options.lora,
+        load_in_4bit=options.load_in_4bit,
         compiled=settings["compile"] == "layers",
         fused_loss=settings["loss"] == "fused",
         dispatcher=settings["dispatcher"],

@@ -30,7 +30,9 @@ def print_resolved(prepared: "Prepared", console: Console, dry_run: bool) -> Non
         documents = sum(map(len, data.train[LENGTHS])) if counts.packed_rows else len(data.train)
         to_train = f"{documents:,} to train on"
     autocast = ", bfloat16 autocast" if recipe.train.bf16 else ""
-    weights = "random weights" if recipe.model.config is not None else recipe.model.dtype
+    weights: str = "random weights" if recipe.model.config is not None else recipe.model.dtype
+    if recipe.lora is not None and recipe.lora.load_in_4bit:
+        weights += ", experts in 4 bits"
     lines = [
         f"model: {recipe.model.name_or_path or recipe.model.config} ({weights})",
         f"data: {counts.rows:,} {'first ' * recipe.data.streaming}rows, {counts.tokens:,} tokens, "

@@ -1,5 +1,6 @@
 """Every recorded benchmark of ours against the plan: memory within 10 %, step time within 20 %."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,21 @@ def test_what_is_no_step_of_ours(tmp_path: Path) -> None:
     other = tmp_path / "layer.json"
     other.write_text('{"rows": [], "options": {"experts": 8}}')
     assert compare(other) == []
+
+
+def test_a_run_with_experts_in_4_bits_is_planned_as_one(tmp_path: Path) -> None:
+    """A record of its own making: the weights of 128 x 8 experts become smaller, and nothing else does but time."""
+    settings = {"compile": "layers", "loss": "fused", "dispatcher": "local"}
+    found = []
+    for on in (False, True):
+        options = {"model": "qwen3-30b-a3b", "layers": 8, "lora": 16, "load_in_4bit": on, "device": "cuda"}
+        row = {"contender": "slipstream", "gate": "balanced", "peak_gib": 1.0, "back_to_back_ms": 1.0,
+               "settings": settings}  # fmt: skip
+        path = tmp_path / f"{on}.json"
+        path.write_text(json.dumps({"options": options, "device": "NVIDIA H200", "model": {}, "rows": [row]}))
+        found += compare(path)
+    whole, packed = found
+    weights = 8 * 128 * 3 * 2048 * 768
+    at_once = 2 * weights / 8
+    assert (whole.predicted_gib - packed.predicted_gib) * 2**30 == pytest.approx(weights * (2 - 4.5 / 8) - at_once)
+    assert packed.predicted_ms > whole.predicted_ms

@@ -193,6 +193,7 @@ def test_qlora_from_recipe_to_merged_model(tmp_path: Path, checkpoint: Path) -> 
     screen = io.StringIO()
     result = run(load_recipe(path)[0], file=screen)
     assert result is not None
+    assert "experts in 4 bits)" in screen.getvalue()
     assert "experts included, whose own weights are stored in 4 bits" in screen.getvalue()
     curve = losses(tmp_path / "4bit")
     assert curve[-1] < curve[0]
