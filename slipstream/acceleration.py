@@ -156,10 +156,12 @@ def _compile(model: PreTrainedModel, backend: BackendConfig) -> tuple[Choice, ..
         choices = [Choice("compile", "none", obstacle)]
         inside, why = "transformers", "the decoder layers are not compiled"
     else:
-        layers = compile_layers(model)
+        gpu_only = backend.compile == "auto"
+        layers = compile_layers(model, gpu_only=gpu_only)
         if not layers:
             raise ValueError(f"BackendConfig(compile='layers'): {why_not_compiled(model)}; use compile='auto'")
-        choices = [Choice("compile", "layers", f"{' and '.join(layers)}, on first use; one graph per kind of layer")]
+        where = "on first use on a GPU" if gpu_only and not next(model.parameters()).is_cuda else "on first use"
+        choices = [Choice("compile", "layers", f"{' and '.join(layers)}, {where}; one graph per kind of layer")]
         inside, why = "compiled", "fused with its neighbours in the layer"
     return (*choices, *(Choice(operation, inside, why) for operation in ("rms_norm", "rope")))
 

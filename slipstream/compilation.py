@@ -22,28 +22,34 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Graphs per layer class: its kinds (dense, MoE, sliding window, …), in training and evaluation, for one row and more.
 _GRAPHS = 64
-_BACKEND = "_slipstream_compile_backend"
+_BACKEND, _GPU_ONLY = "_slipstream_compile_backend", "_slipstream_compile_on_gpu_only"
 
 
 def why_not_compiled(model: nn.Module) -> str | None:
     """The reason why compiling the layers of `model` would not pay or work, or None."""
     if not decoder_layers(model):
         return f"{type(model).__name__} has no decoder layers that Transformers marks as such"
-    if next(model.parameters()).device.type != "cuda":
+    if not torch.cuda.is_available():
         return "not on a GPU: here compiling costs more than it saves"
     if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))):
         return "Triton needs a C compiler to start its kernels, and none was found: install gcc"
     return None
 
 
-def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> list[str]:
-    """Compile the decoder layers of `model` on their first use, in place; returns the names of their classes."""
+def compile_layers(
+    model: nn.Module, backend: str | Callable[..., Any] = "inductor", gpu_only: bool = False
+) -> list[str]:
+    """Compile the decoder layers of `model` on their first use, in place; returns the names of their classes.
+
+    Args:
+        gpu_only: run them as they are while their inputs are on a CPU, where many models lie until they train.
+    """
     layers = decoder_layers(model)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     for layer in layers:
         # Bound to a module-level function named forward, as in loss.py: survives deepcopy and pickle.
         layer.forward = MethodType(forward, layer)
-        layer.__dict__[_BACKEND] = backend
+        layer.__dict__[_BACKEND], layer.__dict__[_GPU_ONLY] = backend, gpu_only
     return sorted({type(layer).__name__ for layer in layers})
 
 
@@ -52,7 +58,13 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     own = type(self).forward
     if kwargs.get("past_key_values") is not None or torch.compiler.is_compiling():
         return own(self, *args, **kwargs)
+    if self.__dict__[_GPU_ONLY] and not any(map(_on_gpu, (*args, *kwargs.values()))):
+        return own(self, *args, **kwargs)
     return _compiled(own, self.__dict__[_BACKEND])(self, *_alike(self, args), **kwargs)
+
+
+def _on_gpu(given: Any) -> bool:
+    return isinstance(given, torch.Tensor) and given.is_cuda
 
 
 def _alike(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

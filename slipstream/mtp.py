@@ -161,7 +161,7 @@ def _load(core: Any, kept: dict[str, Any], form: _Form, loss_weight: float) -> N
         raise ValueError(f"train_mtp: the checkpoint lacks {', '.join(lacking[:3])}")
     checkpoint_activations(core, setup.activation_checkpointing)
     if applied is not None and any(choice.chosen == "layers" for choice in applied.choices):
-        compile_layers(module)
+        compile_layers(module, gpu_only=applied.backend.compile == "auto")
     module.train(core.training)
 
 

@@ -104,3 +104,19 @@ def test_cpu_says_why_not() -> None:
     choice = slipstream.describe(model)["compile"]
     assert (choice.chosen, choice.why) == ("none", why_not_compiled(model))
     assert "not on a GPU" in choice.why
+
+
+def test_a_model_that_lies_on_a_cpu_beside_a_gpu_is_compiled_once_it_has_moved(monkeypatch) -> None:
+    """As most scripts load it: `Trainer` moves it."""
+    model = accelerated("llama")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    assert why_not_compiled(model) is None
+    counter = CompileCounterWithBackend("eager")
+    compile_layers(model, counter, gpu_only=True)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    model(input_ids=ids, use_cache=False)
+    assert counter.frame_count == 0
+    monkeypatch.setattr("slipstream.compilation._on_gpu", lambda given: isinstance(given, torch.Tensor))
+    model(input_ids=ids, use_cache=False)
+    assert counter.frame_count == 1
