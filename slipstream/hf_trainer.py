@@ -3,6 +3,8 @@
 Checked against Transformers 5.23.0, each with a test in tests/test_hf_trainer.py.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,6 +119,19 @@ class LogHook:
 def add_to_whole_loss(trainer: Any, loss: float) -> None:
     """Count the loss of a log in the mean over the whole training."""
     trainer._total_loss_scalar += loss
+
+
+@contextmanager
+def staying_in_training(model: torch.nn.Module) -> Iterator[None]:
+    """Spare `Trainer` its walk over all modules in every micro-batch, where `model` is in training mode already."""
+    if not model.training:
+        yield
+        return
+    model.__dict__["train"] = lambda: model
+    try:
+        yield
+    finally:
+        del model.__dict__["train"]
 
 
 def running_loss(trainer: Any) -> torch.Tensor:

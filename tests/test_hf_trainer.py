@@ -99,6 +99,25 @@ def test_an_optimizer_that_clips_itself(tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(norms[1])
 
 
+def test_modules_are_put_into_training_mode_once(tmp_path: Path) -> None:
+    walks = []
+
+    class Stays(Trainer):
+        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            with hf_trainer.staying_in_training(model):
+                loss = super().training_step(model, *args, **kwargs)
+            assert all(module.training for module in model.modules())
+            assert "train" not in model.__dict__
+            return loss
+
+    model = tiny_model("llama").eval()
+    norm, train = model.model.norm, type(model.model.norm).train
+    norm.train = lambda mode=True: walks.append(mode) or train(norm, mode)
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=3, optim="sgd")
+    Stays(model, args, train_dataset=rows(), eval_dataset=rows()[:2]).train()
+    assert walks == [True, False, True, False]  # around evaluations after steps 3 and 5
+
+
 def test_logs_can_be_read_later(tmp_path: Path) -> None:
     """What Trainer logs, at the latest before an evaluation and at the end; the mean over the run is the same."""
 

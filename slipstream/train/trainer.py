@@ -184,7 +184,8 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
             if self.guard.at_first_batch:
                 self._before_step = Snapshot(self)
             self.guard.see(inputs)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with hf_trainer.staying_in_training(model):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         if self.guard is not None:
             self.guard.see_loss(loss)
         return loss
