@@ -20,6 +20,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from slipstream import hf_models
+
 # Graphs per layer class: its kinds (dense, MoE, sliding window, …), in training and evaluation, for one row and more.
 _GRAPHS = 64
 _BACKEND, _GPU_ONLY = "_slipstream_compile_backend", "_slipstream_compile_on_gpu_only"
@@ -50,6 +52,7 @@ def compile_layers(
         # Bound to a module-level function named forward, as in loss.py: survives deepcopy and pickle.
         layer.forward = MethodType(forward, layer)
         layer.__dict__[_BACKEND], layer.__dict__[_GPU_ONLY] = backend, gpu_only
+    hf_models.record_outside(model, layers)
     return sorted({type(layer).__name__ for layer in layers})
 
 

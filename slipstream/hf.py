@@ -1,6 +1,7 @@
 """Every touch of a part of Transformers that is not public API, in one place.
 
-Checked against Transformers 5.23.0; `hf_models.py` has what depends on single architectures.
+Checked against Transformers 5.23.0; `hf_models.py` has what depends on single architectures, `hf_trainer.py` what
+`Trainer` keeps to itself.
 Each name used here has a test in tests/test_hf.py that fails when upstream moves it.
 """
 
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -248,77 +248,9 @@ def num_routed_experts(config: PretrainedConfig) -> int | None:
     return None
 
 
-class CheckpointHooks:
-    """Where `Trainer` saves and continues, under names of our own; put it before `Trainer` in a class's bases.
-
-    `Trainer` reads `trainer_state.json` in the folder that it continues from by itself. `continue_training` is called
-    when its counters are set up, before the first micro-batch.
-    """
-
-    def save_checkpoint(self) -> None:
-        raise NotImplementedError
-
-    def load_checkpoint(self, path: str) -> None:
-        raise NotImplementedError
-
-    def continue_training(self) -> None:
-        raise NotImplementedError
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.save_checkpoint()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Called before the optimizer exists; `load_checkpoint` does both."""
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.load_checkpoint(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.continue_training()
-
-
-class UpdateHook:
-    """A word before each update, under a name of our own; put it before `Trainer` in a class's bases."""
-
-    def before_update(self, grad_norm: torch.Tensor) -> None:
-        """Called once an optimizer step, when gradients are whole and clipped; `grad_norm` is from before clipping."""
-        raise NotImplementedError
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
-        if isinstance(grad_norm, DTensor):
-            grad_norm = grad_norm.full_tensor()
-        self.before_update(grad_norm)
-        return grad_norm
-
-
-def running_loss(trainer: Any) -> torch.Tensor:
-    """The sum of this rank's losses since `trainer` logged last: the tensor itself, which it adds to in place."""
-    loss: torch.Tensor = trainer._tr_loss
-    return loss
-
-
 def mark_averaged(parameter: nn.Parameter) -> None:
     """Tell `Trainer` that something else takes the mean of the gradient over the ranks."""
     parameter._replicated_grad_hook_registered = True  # type: ignore[attr-defined]
-
-
-def set_batch_size(trainer: Any, size: int) -> None:
-    """Let `trainer`, before it trains, take `size` rows a micro-batch."""
-    trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
-
-
-def unlogged_loss(trainer: Any) -> dict[str, float]:
-    """The sum of this rank's losses since `trainer` logged last, and the step of that log."""
-    return {"loss": trainer._tr_loss.item(), "logged_step": trainer._globalstep_last_logged}
-
-
-def set_unlogged_loss(trainer: Any, loss: float, logged_step: int) -> None:
-    """Put back what `unlogged_loss` returned."""
-    trainer._tr_loss.fill_(loss)
-    trainer._globalstep_last_logged = logged_step
 
 
 class Reversal:

@@ -22,7 +22,8 @@ from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import MtpLayer
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+from transformers.utils import output_capturing
 
 from slipstream import hf
 
@@ -257,3 +258,100 @@ def set_time_step_limit(module: Any) -> None:
     limit = getattr(getattr(module, "config", None), "time_step_limit", None)
     if hasattr(module, "time_step_limit") and limit is not None:
         module.time_step_limit = tuple(map(float, limit))
+
+
+_RECORDED = "_slipstream_recorded"
+
+
+class _Recorded:
+    """What one module inside a layer returned last, where somebody asked the model for it."""
+
+    def __init__(self, key: str, index: int) -> None:
+        self.key, self.index = key, index  # "router_logits", "attentions"; place in what the module returns
+        self.wanted = False
+        self.value: Any = None
+
+
+def record_outside(model: nn.Module, layers: list[nn.Module]) -> None:
+    """Let what Transformers records of modules inside `layers` (router logits, attention weights) leave them as values.
+
+    Its hooks look into a context variable, at which a compiled layer breaks into several graphs, and which a graph made
+    before anybody asked does not look into at all. Here such a module leaves its output on itself, which a graph takes
+    in, and a hook on the layer, outside of its graph, hands it on.
+    """
+    home = {id(inner): layer for layer in layers for inner in layer.modules() if inner is not layer}
+    original = _without_recorded()
+
+    def install(module: nn.Module, key: str, index: int, *args: Any, **kwargs: Any) -> None:
+        layer = home.get(id(module))
+        if layer is None or key == "hidden_states" or _is_recorded(module, key):
+            return  # the rest Transformers installs itself when asked
+        for owner, hook in ((module, _keep), (layer, _hand_on)):
+            if _RECORDED not in owner.__dict__:
+                owner.__dict__[_RECORDED] = []
+                owner.register_forward_hook(hook)
+                if owner is layer:
+                    layer.register_forward_pre_hook(_look_up)
+        recorded = _Recorded(key, index)
+        module.__dict__[_RECORDED].append(recorded)
+        layer.__dict__[_RECORDED].append(recorded)
+
+    flag = "_output_capturing_hooks_installed"
+    models: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    fresh = [module for module in models if not getattr(module, flag, False)]
+    output_capturing.install_output_capuring_hook = install
+    try:
+        for module in fresh:
+            if flag not in module.__dict__:  # not inside one before
+                output_capturing.install_all_output_capturing_hooks(module)
+    finally:
+        output_capturing.install_output_capuring_hook = original
+    for module in fresh:
+        module.__dict__.pop(flag, None)
+
+
+def _without_recorded() -> Callable[..., None]:
+    """What Transformers installs a hook with, which from here on leaves out what is recorded outside."""
+    original: Any = output_capturing.install_output_capuring_hook
+    if hasattr(original, _ORIGINAL):
+        return original  # type: ignore[no-any-return]
+
+    def install(original: Any, module: nn.Module, key: str, *args: Any, **kwargs: Any) -> None:
+        if not _is_recorded(module, key):
+            original(module, key, *args, **kwargs)
+
+    return _replaced(original, install)  # type: ignore[no-any-return]
+
+
+def _is_recorded(module: nn.Module, key: str) -> bool:
+    return any(recorded.key == key for recorded in module.__dict__.get(_RECORDED, ()))
+
+
+def _look_up(layer: nn.Module, args: Any) -> None:
+    collected = output_capturing._active_collector.get()
+    if collected is None:
+        return
+    for recorded in layer.__dict__[_RECORDED]:
+        recorded.wanted, recorded.value = recorded.key in collected, None
+    if layer.training and args and isinstance(args[0], torch.Tensor) and args[0].requires_grad:
+        # A checkpointed layer runs again in backward, without these hooks; activations would hang on what it keeps.
+        args[0].register_hook(functools.partial(_forget, layer))
+
+
+def _forget(layer: nn.Module, grad: Any) -> None:
+    for recorded in layer.__dict__[_RECORDED]:
+        recorded.value = None
+
+
+def _keep(module: nn.Module, args: Any, output: Any) -> None:
+    for recorded in getattr(module, _RECORDED):
+        if recorded.wanted:
+            recorded.value = output[recorded.index] if isinstance(output, tuple) else output
+
+
+def _hand_on(layer: nn.Module, args: Any, output: Any) -> None:
+    collected = output_capturing._active_collector.get()
+    for recorded in layer.__dict__[_RECORDED]:
+        value, recorded.value = recorded.value, None
+        if value is not None and collected is not None and recorded.wanted:
+            collected[recorded.key].append(value)

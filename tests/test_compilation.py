@@ -2,12 +2,14 @@
 code generation, which needs no compiler and takes seconds."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import slipstream
+from slipstream import hf_models
 from slipstream.compilation import compile_layers, why_not_compiled
 from tests.tiny_models import tiny_batch, tiny_model
 
@@ -66,6 +68,42 @@ def test_activation_checkpointing_inside(checkpointing) -> None:
     torch.testing.assert_close(compiled_grads, grads)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_router_logits_leave_a_layer_without_breaking_its_graph(checkpointing) -> None:
+    """For a load-balancing loss; asked for or not, in any order, with gradients of their own."""
+    model, ids = accelerated("qwen3_moe", checkpointing), tiny_batch()
+    plain = copy.deepcopy(model)
+    compile_layers(model, "aot_eager")
+    if checkpointing == "none":  # Transformers puts a hook of its own there
+        assert pickle.dumps(model)
+    before = graphs()
+    for wanted in (False, True, False, True):
+        found = []
+        for one in (plain, model):
+            one.zero_grad()
+            output = one(input_ids=ids, labels=ids, output_router_logits=wanted)
+            output.loss.backward()
+            found.append((output, {name: p.grad for name, p in one.named_parameters()}))
+        (expected, expected_grads), (output, grads) = found
+        kept = [one.value for layer in model.get_decoder().layers for one in vars(layer)[hf_models._RECORDED]]
+        assert not any(value is not None for value in kept)  # activations would hang on them
+        torch.testing.assert_close(output.loss, expected.loss)
+        torch.testing.assert_close(grads, expected_grads)
+        assert (output.router_logits is None) == (not wanted)
+        if wanted:
+            torch.testing.assert_close(output.router_logits, expected.router_logits)
+    # What is computed again in backward may leave nothing behind: asked for, such a layer runs as it is.
+    assert graphs() - before == (2 if checkpointing == "none" else 1)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.get_decoder().layers[1].mlp.gate.weight.zero_()
+        output = twin(input_ids=ids, output_router_logits=True, output_hidden_states=True)
+    layers = range(len(model.get_decoder().layers))
+    assert [bool(logits.any()) for logits in output.router_logits] == [layer != 1 for layer in layers]
+    assert len(output.hidden_states) == len(layers) + 1
+    assert model(input_ids=ids, output_router_logits=True).router_logits[1].any()
+
+
 def test_floats_of_the_config_are_constants_of_the_graph() -> None:
     """Each would cost the host a tensor at every call, and its value back."""
     inputs, before = [], torch._dynamo.config.specialize_float
@@ -109,9 +147,10 @@ def test_cpu_says_why_not() -> None:
 def test_a_model_that_lies_on_a_cpu_beside_a_gpu_is_compiled_once_it_has_moved(monkeypatch) -> None:
     """As most scripts load it: `Trainer` moves it."""
     model = accelerated("llama")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("shutil.which", lambda name: name)
-    assert why_not_compiled(model) is None
+    with monkeypatch.context() as beside_a_gpu:
+        beside_a_gpu.setattr(torch.cuda, "is_available", lambda: True)
+        beside_a_gpu.setattr("shutil.which", lambda name: name)
+        assert why_not_compiled(model) is None
     counter = CompileCounterWithBackend("eager")
     compile_layers(model, counter, gpu_only=True)
     ids = torch.ones(1, 4, dtype=torch.long)

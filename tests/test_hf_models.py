@@ -115,3 +115,23 @@ def test_mamba_scan_can_be_replaced() -> None:
     assert module.causal_conv1d_fn is conv
     with hf_models.scanning_by(tiny_model("llama"), scan):  # has none
         pass
+
+
+def test_outputs_are_recorded_outside_of_layers() -> None:
+    """As Transformers' own hooks record them, for whom a model asks; these are still there for all else."""
+    options = {"output_router_logits": True, "output_attentions": True, "output_hidden_states": True}
+    ids = tiny_batch(2, 8)
+    for name in ("qwen3_moe", "gpt_oss"):
+        plain, ours = tiny_model(name), tiny_model(name)
+        for model in (plain, ours):
+            model.set_attn_implementation("eager")
+        for _ in range(2):  # once is enough
+            hf_models.record_outside(ours, list(ours.model.layers))
+        recorded = hf_models._RECORDED
+        assert [len(layer.__dict__[recorded]) for layer in ours.model.layers] == [2] * len(ours.model.layers)
+        for _ in range(2):
+            expected, found = plain(input_ids=ids, **options), ours(input_ids=ids, **options)
+            for key in ("router_logits", "attentions", "hidden_states"):
+                torch.testing.assert_close(found[key], expected[key])
+        assert all(one.value is None for layer in ours.model.layers for one in layer.__dict__[recorded])
+        assert ours(input_ids=ids).router_logits is None

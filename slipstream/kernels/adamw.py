@@ -51,10 +51,15 @@ class Update(NamedTuple):
     residual: torch.Tensor | None
     coefficients: Coefficients
     random: Random | None
+    scale: torch.Tensor | None = None
+    skip: torch.Tensor | None = None
 
 
 def adamw_all_(updates: Iterable[Update]) -> None:
-    """`adamw_` of each, the largest first, so that the host is done with the many small ones when the GPU is."""
+    """`adamw_` of each, the largest first, so that the host is done with the many small ones when the GPU is.
+
+    Updates on one device have the same `scale` and `skip`.
+    """
     batches: dict[Any, list[Update]] = {}
     for update in sorted(updates, key=lambda update: -update.param.numel()):
         if 0 < update.param.numel() < _SHARED and runs_on(update.param):
@@ -79,6 +84,8 @@ def adamw_(
     residual: torch.Tensor | None,
     coefficients: Coefficients,
     random: Random | None,
+    scale: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> None:
     """One step of AdamW on tensors of one shape, in place.
 
@@ -92,6 +99,8 @@ def adamw_(
         residual: int16, for bf16 weights: the bits that fp32 weights have below them (see `split`), read and written.
         coefficients: of this step.
         random: round what is stored in 16 bits stochastically, with these bits; to nearest for None.
+        scale: fp32 scalar on the same device; the gradient is multiplied by it as it is read.
+        skip: likewise; where it is not 0, nothing is written. The host need not know.
 
     Example: param [1.], grad [2.], states [0.], lr 0.1, weight decay 0, step 1 -> param [0.9].
     """
@@ -99,7 +108,7 @@ def adamw_(
     if not param.numel():
         return
     if all(tensor is None or tensor.is_contiguous() for tensor in given):
-        _run(*given, coefficients, random)
+        _run(Update(*given, coefficients, random, scale, skip))
         return
     order = sorted(range(param.dim()), key=param.stride, reverse=True)
 
@@ -108,7 +117,7 @@ def adamw_(
 
     p, g, m, v = in_order(param), in_order(grad), in_order(exp_avg), in_order(exp_avg_sq)
     missing = None if residual is None else in_order(residual)
-    _run(p, g, m, v, missing, coefficients, random)
+    _run(Update(p, g, m, v, missing, coefficients, random, scale, skip))
     for tensor, written in zip(given, (p, g, m, v, missing), strict=True):
         if tensor is not None and written is not None and tensor is not grad and not _same(tensor, written):
             tensor.permute(order).copy_(written)
@@ -118,24 +127,17 @@ def _same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return tensor.data_ptr() == other.data_ptr()
 
 
-def _run(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    residual: torch.Tensor | None,
-    coefficients: Coefficients,
-    random: Random | None,
-) -> None:
+def _run(update: Update) -> None:
     """On contiguous tensors: the kernel, or the reference a part at a time."""
+    param, grad, exp_avg, exp_avg_sq, residual, coefficients, random, scale, skip = update
     if runs_on(param):
-        _launch(Update(param, grad, exp_avg, exp_avg_sq, residual, coefficients, random))
+        _launch(update)
         return
     for first in range(0, param.numel(), _CHUNK):
         p, g, m, v = (t.view(-1)[first : first + _CHUNK] for t in (param, grad, exp_avg, exp_avg_sq))
         missing = None if residual is None else residual.view(-1)[first : first + _CHUNK]
         bits = None if random is None else Random(random.key, random.start + first)
-        adamw_reference_(p, g, m, v, missing, coefficients, bits)
+        adamw_reference_(p, g, m, v, missing, coefficients, bits, scale, skip)
 
 
 def adamw_reference_(
@@ -146,11 +148,15 @@ def adamw_reference_(
     residual: torch.Tensor | None,
     coefficients: Coefficients,
     random: Random | None,
+    scale: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> None:
     """What `adamw_` computes, on tensors `[N]`, one operation at a time."""
+    if skip is not None and skip:
+        return
     beta1, beta2, decay, step_size, root_scale, eps = coefficients
     p_N = join(param, residual) if residual is not None else param.float()
-    g_N = grad.float()
+    g_N = grad.float() if scale is None else grad.float() * scale
     m_N = exp_avg.float() * beta1 + g_N * (1 - beta1)
     v_N = exp_avg_sq.float() * beta2 + (g_N * g_N) * (1 - beta2)
     root_N = v_N.double().sqrt().float()  # the nearest; torch's fp32 root on a CPU (MKL's) may be its neighbour
@@ -180,22 +186,34 @@ def _draws(update: Update) -> bool:
     return update.random is not None and any(tensor.dtype != torch.float32 for tensor in rounded)
 
 
+def _flags(update: Update) -> dict[str, bool]:
+    """What is compiled in and what left out."""
+    return {
+        "STOCHASTIC": _draws(update),
+        "MASTER": update.residual is not None,
+        "SCALED": update.scale is not None,
+        "SKIPS": update.skip is not None,
+    }
+
+
 def _launch(update: Update) -> None:
-    param, grad, exp_avg, exp_avg_sq, residual, (beta1, beta2, decay, step_size, root_scale, eps), random = update
+    param, grad, exp_avg, exp_avg_sq, residual, coefficients, random, scale, skip = update
+    beta1, beta2, decay, step_size, root_scale, eps = coefficients
     key, start = random or Random(0)
     with torch.cuda.device_of(param):
         _adamw_kernel[(-(-param.numel() // _BLOCK),)](
             param, grad, exp_avg, exp_avg_sq, param if residual is None else residual,
+            param if scale is None else scale, param if skip is None else skip,
             param.numel(), beta1, 1 - beta1, beta2, 1 - beta2, decay, step_size, root_scale, eps,
             _signed(key & _WORD), _signed(key >> 32), start, 0,
-            STOCHASTIC=_draws(update), MASTER=residual is not None, BLOCK=_BLOCK,
-            num_warps=_WARPS, enable_fp_fusion=False,
+            **_flags(update), BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 def _launch_many(batch: list[Update], whole: bool) -> None:
     """Updates that differ in their tensors and random bits only; `whole`: all begin and end at multiples of 16."""
-    param, grad, exp_avg, exp_avg_sq, residual, (beta1, beta2, decay, step_size, root_scale, eps), _ = batch[0]
+    param, grad, exp_avg, exp_avg_sq, _, coefficients, _, scale, skip = batch[0]
+    beta1, beta2, decay, step_size, root_scale, eps = coefficients
     rows = []
     for update in batch:
         key, start = update.random or Random(0)
@@ -206,11 +224,11 @@ def _launch_many(batch: list[Update], whole: bool) -> None:
         table = table.pin_memory().to(param.device, non_blocking=True)
     with torch.cuda.device_of(param):
         _adamw_many_kernel[(len(batch), -(-max(update.param.numel() for update in batch) // _BLOCK))](
-            table, beta1, 1 - beta1, beta2, 1 - beta2, decay, step_size, root_scale, eps, 0,
+            table, table if scale is None else scale, table if skip is None else skip,
+            beta1, 1 - beta1, beta2, 1 - beta2, decay, step_size, root_scale, eps, 0,
             PARAM=_TRITON[param.dtype], GRAD=_TRITON[grad.dtype], EXP_AVG=_TRITON[exp_avg.dtype],
-            EXP_AVG_SQ=_TRITON[exp_avg_sq.dtype],
-            WHOLE=whole, STOCHASTIC=_draws(batch[0]), MASTER=residual is not None, BLOCK=_BLOCK,
-            num_warps=_WARPS, enable_fp_fusion=False,
+            EXP_AVG_SQ=_TRITON[exp_avg_sq.dtype], WHOLE=whole,
+            **_flags(batch[0]), BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -229,6 +247,7 @@ if HAS_TRITON:
         exp_avg,
         exp_avg_sq,
         residual,
+        scale,
         offsets,
         inside,
         beta1,
@@ -245,9 +264,12 @@ if HAS_TRITON:
         zero,
         STOCHASTIC: tl.constexpr,
         MASTER: tl.constexpr,
+        SCALED: tl.constexpr,
     ):
         p = tl.load(param + offsets, mask=inside, other=0.0)
         g = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            g *= tl.load(scale)
         m = tl.load(exp_avg + offsets, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(exp_avg_sq + offsets, mask=inside, other=0.0).to(tl.float32)
         if MASTER:
@@ -284,6 +306,8 @@ if HAS_TRITON:
         exp_avg,
         exp_avg_sq,
         residual,
+        scale,
+        skip,
         size,
         beta1,
         rest1,
@@ -299,18 +323,26 @@ if HAS_TRITON:
         zero,
         STOCHASTIC: tl.constexpr,
         MASTER: tl.constexpr,
+        SCALED: tl.constexpr,
+        SKIPS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = offsets < size  # sizes divisible by 16 keep the accesses whole
-        _update(
-            param, grad, exp_avg, exp_avg_sq, residual, offsets, inside, beta1, rest1, beta2, rest2, decay, step_size,
-            root_scale, eps, key, high_key, start, zero, STOCHASTIC, MASTER,
-        )  # fmt: skip
+        applies = True
+        if SKIPS:
+            applies = tl.load(skip) == 0.0
+        if applies:
+            offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            inside = offsets < size  # sizes divisible by 16 keep the accesses whole
+            _update(
+                param, grad, exp_avg, exp_avg_sq, residual, scale, offsets, inside, beta1, rest1, beta2, rest2, decay,
+                step_size, root_scale, eps, key, high_key, start, zero, STOCHASTIC, MASTER, SCALED,
+            )  # fmt: skip
 
     @triton.jit(do_not_specialize=["zero"])
     def _adamw_many_kernel(
         table,
+        scale,
+        skip,
         beta1,
         rest1,
         beta2,
@@ -327,12 +359,17 @@ if HAS_TRITON:
         WHOLE: tl.constexpr,
         STOCHASTIC: tl.constexpr,
         MASTER: tl.constexpr,
+        SCALED: tl.constexpr,
+        SKIPS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         row = table + tl.program_id(0) * 9
         size = tl.load(row + 5)
         first = tl.program_id(1).to(tl.int64) * BLOCK
-        if first < size:
+        applies = first < size
+        if SKIPS:
+            applies = applies & (tl.load(skip) == 0.0)
+        if applies:
             param = tl.load(row).to(tl.pointer_type(PARAM))
             grad = tl.load(row + 1).to(tl.pointer_type(GRAD))
             exp_avg = tl.load(row + 2).to(tl.pointer_type(EXP_AVG))
@@ -347,7 +384,7 @@ if HAS_TRITON:
                 residual = tl.multiple_of(residual, 16)
             offsets = first + tl.arange(0, BLOCK)
             _update(
-                param, grad, exp_avg, exp_avg_sq, residual, offsets, offsets < size, beta1, rest1, beta2, rest2, decay,
-                step_size, root_scale, eps, tl.load(row + 6), tl.load(row + 7), tl.load(row + 8), zero, STOCHASTIC,
-                MASTER,
+                param, grad, exp_avg, exp_avg_sq, residual, scale, offsets, offsets < size, beta1, rest1, beta2, rest2,
+                decay, step_size, root_scale, eps, tl.load(row + 6), tl.load(row + 7), tl.load(row + 8), zero,
+                STOCHASTIC, MASTER, SCALED,
             )  # fmt: skip

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from slipstream import hf
 
 
-def load_health(counts_NE: Tensor, num_experts: Sequence[int]) -> dict[str, Tensor]:
+def load_health(counts_NE: Tensor, num_experts: Sequence[int] | Tensor) -> dict[str, Tensor]:
     """What the loads of N layers say, each fp32 `[N]` on the device of `counts_NE` (tokens of each expert).
 
     load_max_over_mean: the fullest expert's tokens over the mean's: 1 is balanced, E is all tokens to one. With expert
@@ -24,7 +24,7 @@ def load_health(counts_NE: Tensor, num_experts: Sequence[int]) -> dict[str, Tens
 
     Example: loads [[2, 2], [4, 0]] give max_over_mean [1, 2], entropy [1, 0], dead [0, 1].
     """
-    sizes_N = torch.tensor(num_experts, device=counts_NE.device)
+    sizes_N = torch.as_tensor(num_experts, device=counts_NE.device)  # a list would have to wait for the device
     share_NE = counts_NE / counts_NE.sum(dim=1, keepdim=True).clamp(min=1)
     missing_N = counts_NE.shape[1] - sizes_N  # columns that only pad the matrix
     return {
@@ -34,37 +34,45 @@ def load_health(counts_NE: Tensor, num_experts: Sequence[int]) -> dict[str, Tens
     }
 
 
-def router_gradient_norms(model: nn.Module) -> Tensor | None:
-    """The norm of the gradient of each layer's router, `[N]` fp32 on the device; None where none has a gradient.
+class RouterNorms:
+    """The norms of the gradients of the routers of a model, which are looked up once."""
 
-    Exact for parameters that FSDP2 sharded: one all-reduce for all layers. Call it on all ranks.
-    """
-    found = [router for _, _, router, _ in hf.routers(model)]
-    by_mesh: dict[DeviceMesh | None, list[tuple[int, Tensor]]] = {}
-    shards: dict[DeviceMesh | None, list[int]] = {}
-    for layer, router in enumerate(found):
-        for parameter in router.parameters():
-            grad = parameter.grad
-            if grad is None:
-                continue
-            mesh, local = None, grad
-            if isinstance(grad, DTensor):
-                mesh, local = grad.device_mesh, grad.to_local()
-                shards[mesh] = [dim for dim, placed in enumerate(grad.placements) if isinstance(placed, Shard)]
-            by_mesh.setdefault(mesh, []).append((layer, local))
-    if not by_mesh:
-        return None
-    total_N: Tensor | None = None
-    for mesh, grads in by_mesh.items():
-        norms = torch.stack(torch._foreach_norm([grad for _, grad in grads], dtype=torch.float32))
-        layers = torch.tensor([layer for layer, _ in grads], device=norms.device)
-        squares_N = norms.new_zeros(len(found)).index_add_(0, layers, norms.square())
-        if mesh is not None:
-            for dim in shards[mesh]:
-                dist.all_reduce(squares_N, group=mesh.get_group(dim))
-        total_N = squares_N if total_N is None else total_N + squares_N
-    assert total_N is not None
-    return total_N.sqrt()
+    def __init__(self, model: nn.Module) -> None:
+        self._routers = [router for _, _, router, _ in hf.routers(model)]
+        self._indices: dict[tuple[int, ...], Tensor] = {}  # making one waits for the device
+
+    def take(self) -> Tensor | None:
+        """Of each layer's router, `[N]` fp32 on the device; None where none has a gradient.
+
+        Exact for parameters that FSDP2 sharded: one all-reduce for all layers. Call it on all ranks.
+        """
+        by_mesh: dict[DeviceMesh | None, list[tuple[int, Tensor]]] = {}
+        shards: dict[DeviceMesh | None, list[int]] = {}
+        for layer, router in enumerate(self._routers):
+            for parameter in router.parameters():
+                grad = parameter.grad
+                if grad is None:
+                    continue
+                mesh, local = None, grad
+                if isinstance(grad, DTensor):
+                    mesh, local = grad.device_mesh, grad.to_local()
+                    shards[mesh] = [dim for dim, placed in enumerate(grad.placements) if isinstance(placed, Shard)]
+                by_mesh.setdefault(mesh, []).append((layer, local))
+        total_N: Tensor | None = None
+        for mesh, grads in by_mesh.items():
+            norms = torch.stack(torch._foreach_norm([grad for _, grad in grads], dtype=torch.float32))
+            layers = self._index(tuple(layer for layer, _ in grads), norms.device)
+            squares_N = norms.new_zeros(len(self._routers)).index_add_(0, layers, norms.square())
+            if mesh is not None:
+                for dim in shards[mesh]:
+                    dist.all_reduce(squares_N, group=mesh.get_group(dim))
+            total_N = squares_N if total_N is None else total_N + squares_N
+        return None if total_N is None else total_N.sqrt()
+
+    def _index(self, layers: tuple[int, ...], device: torch.device) -> Tensor:
+        if layers not in self._indices or self._indices[layers].device != device:
+            self._indices[layers] = torch.tensor(layers, device=device)
+        return self._indices[layers]
 
 
 def freeze_routers(model: nn.Module) -> int:

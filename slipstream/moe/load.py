@@ -45,6 +45,7 @@ class ExpertLoad:
     Attributes:
         layers: the names of the layers, mostly their numbers: "0", "1", …
         num_experts: E of each.
+        sizes_N: the same on the device.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -62,6 +63,7 @@ class ExpertLoad:
             self._counters.append(counter)
             self.layers.append(layer_name(name))
             self.num_experts.append(total)
+        self.sizes_N = torch.tensor(self.num_experts, dtype=torch.int64, device=device)
         if self.layers:
             torch.compiler.reset()  # what was compiled before does not look for hooks
 
@@ -73,6 +75,10 @@ class ExpertLoad:
         self._mask.tokens_T = attention_mask.reshape(-1).to(torch.int32)
         # What hangs on a module is taken for static otherwise, and another batch size compiled anew.
         torch._dynamo.maybe_mark_dynamic(self._mask.tokens_T, 0)
+
+    def forget_if(self, bad: Tensor) -> None:
+        """Take nothing into account since the last `take` where `bad`, a scalar on the device, is true."""
+        torch._foreach_mul_([counter.counts_E1 for counter in self._counters], (bad == 0).to(torch.int32))
 
     def take(self) -> Tensor:
         """Tokens of each expert since the last call, on this rank: int64 `[N, E]` on the device, missing experts 0."""

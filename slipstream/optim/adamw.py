@@ -39,6 +39,13 @@ class AdamW(Optimizer):
     (int16), laid out as the parameter, so that `torch.distributed.checkpoint` reshards them. Collectives carry no
     int16: save "master" states sharded, not with `full_state_dict=True`.
 
+    Two attributes change the next step, by the names that torch's fused optimizers have for them. Both are scalar
+    tensors that may lie on the device, where the host does not know their values:
+
+    - `grad_scale`: gradients are divided by it as they are read, so that clipping costs no pass over memory.
+    - `found_inf`: where it is not 0, weights and states stay as they are. Whoever finds out calls `forget_step`, before
+      the next step.
+
     Args:
         params: parameters or groups of them, as for any optimizer; every argument below can be set for a group. Plain
             tensors and DTensors in fp32, bf16 or (not with "master") fp16.
@@ -66,6 +73,9 @@ class AdamW(Optimizer):
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        self._stepped: list[Tensor] = []  # the numbers of steps that the last step has raised
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -87,6 +97,7 @@ class AdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.grad_scale, self.found_inf, self._stepped = None, None, []
         for group in self.param_groups:  # of a checkpoint of torch.optim.AdamW
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -113,16 +124,24 @@ class AdamW(Optimizer):
         work = []
         number = 0
         coefficients = functools.cache(Coefficients.of)
+        controls = functools.cache(functools.partial(_controls, self.grad_scale, self.found_inf))
+        self.grad_scale, self.found_inf, self._stepped = None, None, []
         for group in self.param_groups:
             group_lr = _float(group["lr"])
             for param in group["params"]:
                 if param.grad is not None:
                     work.append((number, param, _local_grad(number, param), group, group_lr))
                 number += 1
-        adamw_all_(self._update(*entry, coefficients) for entry in work)
+        adamw_all_(self._update(*entry, coefficients, controls) for entry in work)
         # Autograd does not see what a kernel writes.
         torch.autograd.graph.increment_version([param for _, param, *_ in work])
         return loss
+
+    def forget_step(self) -> None:
+        """Count the last step as not made: `found_inf` was set. Bias corrections are then those of the steps made."""
+        for step in self._stepped:
+            step.sub_(1)
+        self._stepped = []
 
     def _update(
         self,
@@ -132,6 +151,7 @@ class AdamW(Optimizer):
         group: dict[str, Any],
         lr: float,
         coefficients: Callable[..., Coefficients],
+        controls: Callable[[torch.device], tuple[Tensor | None, Tensor | None]],
     ) -> Update:
         state = self.state[param]
         master = group["rounding"] == "master" and param.dtype == torch.bfloat16
@@ -143,6 +163,7 @@ class AdamW(Optimizer):
         if master and "residual" not in state:
             state["residual"] = torch.zeros_like(param, dtype=torch.int16)
         state["step"] += 1
+        self._stepped.append(state["step"])
         step = int(state["step"])
         return Update(
             _local(param),
@@ -152,7 +173,16 @@ class AdamW(Optimizer):
             _local(state["residual"]) if master else None,
             coefficients(lr, tuple(group["betas"]), group["eps"], group["weight_decay"], step),
             None if group["rounding"] == "nearest" else random_of(param, group["seed"], number, step),
+            *controls(param.device),
         )
+
+
+def _controls(
+    grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """What gradients are multiplied by, and what says that nothing is written, as the kernel takes them."""
+    scale = None if grad_scale is None else grad_scale.to(device, torch.float32).reciprocal()
+    return scale, None if found_inf is None else found_inf.to(device, torch.float32)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,22 +1,26 @@
-"""Gradient clipping for a model whose parameters lie on more than one device mesh."""
+"""Gradient clipping for a model whose parameters lie on one device mesh or several, at the cost of one read."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+_EPS = 1e-6  # as torch's
 
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: torch.Tensor | Iterable[torch.Tensor],
+    parameters: Tensor | Iterable[Tensor],
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """`torch.nn.utils.clip_grad_norm_` for dense and expert parameters on meshes of their own.
 
-    torch's function refuses gradients of different meshes. Here each mesh's norm is made whole first, so that every
-    rank sees the same scalars, and the total is taken over them.
+    torch's function refuses gradients of different meshes.
 
     Args:
         parameters: those whose gradients are clipped, in place, by one common factor.
@@ -30,22 +34,79 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: the total is nan or infinite and `error_if_nonfinite` is set.
     """
-    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    by_mesh: dict[object, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
-            by_mesh.setdefault(mesh, []).append(parameter)
-    norms = []
-    for members in by_mesh.values():
-        norm = torch.nn.utils.get_total_norm([p.grad for p in members if p.grad is not None], norm_type)
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not norms:
-        return torch.tensor(0.0)
-    device = norms[0].device
-    total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    total = total_grad_norm(parameters, norm_type)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(f"the total norm of the gradients is {total.item()}; they cannot be clipped")
-    for members in by_mesh.values():
-        torch.nn.utils.clip_grads_with_norm_(members, max_norm, total)
+    by_kind: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local = _local(parameter.grad)
+            by_kind.setdefault((local.device, local.dtype), []).append(local)
+    factor = (max_norm / (total + _EPS)).clamp(max=1.0)
+    for (device, _), locals_ in by_kind.items():
+        torch._foreach_mul_(locals_, factor.to(device))
     return total
+
+
+@torch.no_grad()
+def total_grad_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The p-norm of all gradients together, a scalar tensor, the same on every rank; fp32, or fp64 for fp64 gradients.
+
+    Each rank reads its own shards once, in a launch for each dtype and way of sharding; what is reduced over ranks are
+    scalars. Nothing waits for the device. Gradients that a rank has and another has not make it wait for ever.
+
+    Example: gradients [3.] and [4.] have the 2-norm 5.
+    """
+    # Shards of one group add up over the same ranks.
+    groups: dict[Any, dict[Any, list[Tensor]]] = {}
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is None:
+            continue
+        over: tuple[Any, ...] = ()
+        if isinstance(grad, DTensor):
+            if any(placement.is_partial() for placement in grad.placements):
+                whole = [Replicate() if placement.is_partial() else placement for placement in grad.placements]
+                grad = grad.redistribute(grad.device_mesh, whole)
+            dims = tuple(dim for dim, placement in enumerate(grad.placements) if not placement.is_replicate())
+            over = (grad.device_mesh, dims) if dims else ()
+        local = _local(grad)
+        groups.setdefault(over, {}).setdefault((local.device, local.dtype), []).append(local)
+    norms: list[Tensor] = []
+    for over, by_kind in groups.items():
+        norm = _norm_of_all(by_kind, norm_type)
+        if over:
+            mesh, dims = over
+            power = 1.0 if norm_type == torch.inf else norm_type
+            norm = norm**power
+            for dim in dims:
+                how = dist.ReduceOp.MAX if norm_type == torch.inf else dist.ReduceOp.SUM
+                dist.all_reduce(norm, how, group=mesh.get_group(dim))
+            norm = norm ** (1 / power)
+        norms.append(norm)
+    if not norms:
+        return torch.tensor(0.0)
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+
+
+def divisor(total_norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm have to be divided by so that it is at most `max_norm`; at least 1."""
+    return ((total_norm + _EPS) / max_norm).clamp(min=1.0)
+
+
+def _norm_of_all(by_kind: dict[Any, list[Tensor]], norm_type: float) -> Tensor:
+    """Of tensors by (device, dtype), on the device of the first."""
+    device = next(iter(by_kind))[0]
+    norms = []
+    for (_, dtype), tensors in by_kind.items():
+        wide = dtype if dtype == torch.float64 else torch.float32
+        if filled := [tensor for tensor in tensors if tensor.numel()]:
+            norms.append(torch.stack(torch._foreach_norm(filled, norm_type, dtype=wide)).to(device))
+    if not norms:
+        return torch.zeros((), device=device)
+    return torch.linalg.vector_norm(torch.cat(norms), norm_type)
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad

@@ -44,7 +44,8 @@ def training_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
         save_strategy="no",
         max_length=None,  # rows come cut to length
         dataset_kwargs={"skip_prepare_dataset": True},
-        accelerator_config={"dispatch_batches": False},  # every rank reads a stream itself
+        # Every rank reads a stream itself. A blocking copy of a batch would wait for all that the device has to do.
+        accelerator_config={"dispatch_batches": False, "non_blocking": torch.accelerator.is_available()},
         use_cpu=not torch.accelerator.is_available(),  # without it torchrun's ranks train apart on a CPU
         dataloader_pin_memory=torch.accelerator.is_available(),
         disable_tqdm=True,

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 
-from slipstream import hf
+from slipstream import hf, hf_trainer
 from slipstream.checkpoint.training_state import rng_state, set_rng_state
 from slipstream.parallel.setup import DistributedSetup
 from slipstream.train.recipe import AUTO, DEFAULT_BATCH_SIZE, Recipe
@@ -83,7 +83,7 @@ def find_batch_size(trainer: Any, max_length: int, known: int | None = None) -> 
         size, peak = search(trial, rows, trial.length, limit, lambda value: agreed(value, dist.ReduceOp.MAX, device))
         trial.finish()
         why = f"{size} x {trial.length} tokens need {peak / 2**30:.1f} of {limit / 2**30:.1f} GiB"
-    hf.set_batch_size(trainer, size)
+    hf_trainer.set_batch_size(trainer, size)
     trainer.args.gradient_accumulation_steps = rows // size
     return f"micro-batch: {size} rows a device, {rows // size} for each step ({why})"
 

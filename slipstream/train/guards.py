@@ -1,6 +1,7 @@
 """Looks at each step before its update is applied: a loss or gradient that is not finite, or a loss that jumps.
 
-The host waits for the device once a step, when backward is done; the update itself then runs beside the next step.
+The device decides whether the update changes anything, and the host hears of it a step later, so that it never waits.
+Only where the optimizer cannot be told by the device does it wait, once a step, when backward is done.
 """
 
 import json
@@ -55,6 +56,7 @@ class StepGuard:
         self._bad_in_a_row = 0
         self._batches: list[dict[str, Tensor]] = []
         self._losses: list[Tensor] = []
+        self._closed: tuple[list[dict[str, Tensor]], list[Tensor]] = [], []
 
     @property
     def at_first_batch(self) -> bool:
@@ -73,26 +75,45 @@ class StepGuard:
         """This rank's loss of the step so far."""
         return torch.stack(self._losses).sum()
 
+    def close(self) -> None:
+        """The step is complete; what was seen of it is kept until it is accepted or rejected."""
+        self._closed = self._batches, self._losses
+        self._batches, self._losses = [], []
+
+    def is_bad(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether `judge` will find something wrong: a bool on the device, for scalars there."""
+        good = loss.isfinite() & grad_norm.isfinite()
+        usual = self._usual()
+        if usual is not None:
+            assert self.max_loss_spike is not None
+            good &= loss.double() <= self.max_loss_spike * usual  # in fp64, as the host compares
+        return ~good
+
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """What is wrong with a step, or None; loss and norm are those of all ranks, so that all decide alike."""
         if not math.isfinite(loss):
             return f"its loss is {loss}"
         if not math.isfinite(grad_norm):
             return f"the norm of its gradients is {grad_norm} (its loss, {loss:.4f}, is finite)"
-        if self.max_loss_spike is not None and len(self.recent) >= ENOUGH:
-            usual = statistics.median(self.recent)
-            if loss > self.max_loss_spike * usual:
-                return (
-                    f"its loss is {loss:.4f}, more than {self.max_loss_spike:g} times {usual:.4f}, "
-                    f"the median of the last {len(self.recent)} steps"
-                )
+        usual = self._usual()
+        if usual is not None and self.max_loss_spike is not None and loss > self.max_loss_spike * usual:
+            return (
+                f"its loss is {loss:.4f}, more than {self.max_loss_spike:g} times {usual:.4f}, "
+                f"the median of the last {len(self.recent)} steps"
+            )
         return None
+
+    def _usual(self) -> float | None:
+        """The loss that a jump is measured from, or None where none is looked for."""
+        if self.max_loss_spike is None or len(self.recent) < ENOUGH:
+            return None
+        return statistics.median(self.recent)
 
     def accept(self, loss: float) -> None:
         """The step is good."""
         self.recent.append(loss)
         self._bad_in_a_row = 0
-        self._forget()
+        self._closed = [], []
 
     def reject(self, step: int, reason: str, rank: int, facts: dict[str, Any]) -> bool:
         """Write the step's batch down; whether training has to stop.
@@ -103,7 +124,7 @@ class StepGuard:
         path = self.bad_folder(step)
         path.mkdir(parents=True, exist_ok=True)
         with (path / f"rank-{rank}.jsonl").open("w", encoding="utf-8") as file:
-            for number, (batch, loss) in enumerate(zip(self._batches, self._losses, strict=True)):
+            for number, (batch, loss) in enumerate(zip(*self._closed, strict=True)):
                 for row in _rows(batch):
                     text = self._tokenizer.decode(row["input_ids"])
                     line = {**row, "text": text, "micro_batch": number, "micro_batch_loss": loss.item()}
@@ -112,16 +133,12 @@ class StepGuard:
             record = {"step": step, "reason": reason, **facts, "recent_losses": list(self.recent)}
             (path / "step.json").write_text(json.dumps(record, indent=2) + "\n")
         self._bad_in_a_row += 1
-        self._forget()
+        self._closed = [], []
         return self.action == "stop" or self._bad_in_a_row >= ENOUGH
 
     def bad_folder(self, step: int) -> Path:
         """Where the batch of a bad step is written."""
         return self.folder / f"bad-step-{step:06d}"
-
-    def _forget(self) -> None:
-        self._batches.clear()
-        self._losses.clear()
 
 
 def _rows(batch: dict[str, Tensor]) -> list[dict[str, list[int]]]:

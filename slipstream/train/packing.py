@@ -6,7 +6,9 @@ Dims: B packed rows of a batch, S `max_length`, T = B * S, N documents.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig
 from trl.data_utils import pack_dataset
@@ -83,15 +85,18 @@ class Collator(DataCollatorForLanguageModeling):
         if LENGTHS not in examples[0]:
             return dict(super().torch_call([{key: row[key] for key in ("input_ids", "labels")} for row in examples]))
         total = len(examples) * self.max_length
-        ids = [token for row in examples for token in row["input_ids"]]
-        labels = [label for row in examples for label in row["labels"]]
+        # Through numpy: torch takes six times as long to read a list.
+        ids, labels_T = (
+            torch.from_numpy(np.concatenate([np.asarray(row[key], np.int64) for row in examples]))
+            for key in ("input_ids", "labels")
+        )
         lengths = [length for row in examples for length in row[LENGTHS]]
         if left := total - len(ids):
             lengths.append(left)
         ends = torch.tensor(lengths).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        input_ids = torch.tensor((ids * -(-total // len(ids)))[:total])
-        labels_T = torch.tensor(labels + [IGNORE] * left)
+        input_ids = ids.repeat(-(-total // len(ids)))[:total]
+        labels_T = F.pad(labels_T, (0, left), value=IGNORE)
         labels_T[starts] = IGNORE
         cu_seq_lens = torch.cat([starts, ends[-1:]]).to(torch.int32)
         return {

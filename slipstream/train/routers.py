@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from slipstream.moe.balance import BiasBalancing, check_routers, freeze_routers, load_health, router_gradient_norms
+from slipstream.moe.balance import BiasBalancing, RouterNorms, check_routers, freeze_routers, load_health
 from slipstream.moe.load import ExpertLoad, sum_over_ranks
 from slipstream.train.callbacks import PER_LAYER
+
+ROUTER_NORM = "router_grad_norm"
 
 
 class Routers:
@@ -19,10 +21,10 @@ class Routers:
     def __init__(self, model: nn.Module, device: torch.device, freeze: bool, bias_update_rate: float) -> None:
         """`device` is where the model computes. Raises as `check_routers`."""
         check_routers(model, freeze, bias_update_rate)
-        self._model = model
         if freeze:
             freeze_routers(model)
         load = ExpertLoad(model, device)
+        self._router_norms = RouterNorms(model)
         self._load = load if load.layers else None
         self._balancing = BiasBalancing(model, bias_update_rate) if bias_update_rate else None
         self._summed_NE: Tensor | None = None  # since the last log, where balancing sums the ranks' counts each step
@@ -33,21 +35,24 @@ class Routers:
         if self._load is not None:
             self._load.see(attention_mask)
 
-    def before_update(self, grad_norm: Tensor, max_grad_norm: float, will_log: bool) -> None:
+    def before_update(self, divided_by: Tensor | None, will_log: bool, bad: Tensor | None = None) -> None:
         """Balance by the step's loads; where the step will be logged, take the norms of the routers' gradients.
 
         Args:
-            grad_norm: of the whole gradient, before it was clipped to `max_grad_norm` (0: it was not).
-            will_log: whether `health` is called after the update.
+            divided_by: what clipping has divided the gradients by; None: they are as they were.
+            will_log: whether `measure` is called after the update.
+            bad: a scalar; where it is true, the tokens since the last update, or the last `measure`, don't count.
         """
         if self._load is None:
             return
+        if bad is not None:
+            self._load.forget_if(bad)
         if will_log:
-            self._norms_N = router_gradient_norms(self._model)
-            if self._norms_N is not None and max_grad_norm:
-                self._norms_N /= (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+            self._norms_N = self._router_norms.take()
+            if self._norms_N is not None and divided_by is not None:
+                self._norms_N *= divided_by
         if self._balancing is not None:
-            loads_NE = sum_over_ranks(self._load.take())
+            loads_NE = sum_over_ranks(self._load.take())  # all 0 after a bad step, which then moves no bias
             self._balancing.update(loads_NE)
             self._summed_NE = loads_NE if self._summed_NE is None else self._summed_NE + loads_NE
 
@@ -56,27 +61,28 @@ class Routers:
         if self._load is not None:
             self._load.take()
 
-    def health(self) -> tuple[dict[str, float], dict[str, float]]:
-        """How experts and routers fared since the last call, on all ranks: of the worst layer, and `moe/NAME/LAYER`.
+    def measure(self) -> dict[str, Tensor]:
+        """How experts and routers fared since the last call, on all ranks: name -> fp32 `[N]` on the device."""
+        if self._load is None:
+            return {}
+        loads_NE = sum_over_ranks(self._load.take()) if self._summed_NE is None else self._summed_NE
+        measured = load_health(loads_NE, self._load.sizes_N)
+        if self._norms_N is not None:
+            measured[ROUTER_NORM] = self._norms_N
+        self._summed_NE = self._norms_N = None
+        return measured
 
-        Waits for the device once.
-        """
+    def health(self, values: dict[str, list[float]]) -> tuple[dict[str, float], dict[str, float]]:
+        """What to log of what `measure` returned: the worst layer's figures, and `moe/NAME/LAYER`."""
         if self._load is None:
             return {}, {}
-        loads_NE = sum_over_ranks(self._load.take()) if self._summed_NE is None else self._summed_NE
-        measured = load_health(loads_NE, self._load.num_experts)
-        if self._norms_N is not None:
-            measured["router_grad_norm"] = self._norms_N
-        self._summed_NE = self._norms_N = None
-        rows = torch.stack([value_N.float() for value_N in measured.values()]).tolist()
-        values = dict(zip(measured, rows, strict=True))
         worst = {
             "moe_load_max_over_mean": max(values["load_max_over_mean"]),
             "moe_load_entropy": min(values["load_entropy"]),
             "moe_dead_experts": sum(values["dead_experts"]),
         }
-        if "router_grad_norm" in values:
-            worst["router_grad_norm"] = math.hypot(*values["router_grad_norm"])
+        if ROUTER_NORM in values:
+            worst[ROUTER_NORM] = math.hypot(*values[ROUTER_NORM])
         by_layer = {
             f"{PER_LAYER}/{name}/{layer}": _short(value)
             for name, of_layers in values.items()

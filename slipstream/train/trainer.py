@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from slipstream import hf
+from slipstream import hf_trainer
 from slipstream.checkpoint.resume import Checkpointer, Resumed, load
-from slipstream.checkpoint.training_state import rng_state, set_rng_state
 from slipstream.loss import deferred_causal_lm_loss
 from slipstream.moe.balance import check_routers
+from slipstream.optim import AdamW
+from slipstream.parallel.clip import divisor, total_grad_norm
 from slipstream.train.formats import IGNORE
 from slipstream.train.guards import BadStepError, StepGuard
+from slipstream.train.late import LateLog, Later, LateVerdict, Snapshot
 from slipstream.train.packing import Collator, count_tokens
-from slipstream.train.routers import Routers
+from slipstream.train.routers import ROUTER_NORM, Routers
 from slipstream.train.throughput import flops_per_token, mfu, peak_memory_gib
 
 TRAINER_STATE = "trainer_state.json"
@@ -31,7 +34,7 @@ TRAINER_STATE = "trainer_state.json"
 CHANGED_KEYS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
 
-class SlipstreamTrainer(hf.CheckpointHooks, hf.UpdateHook, SFTTrainer):
+class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_trainer.LogHook, SFTTrainer):
     """`SFTTrainer` on tokenized rows whose loss is the model's own, so that the logits are never built.
 
     TRL 1.16 puts a head of its own on the model (log-probabilities, entropy, accuracy), which would bypass the loss of
@@ -42,6 +45,9 @@ class SlipstreamTrainer(hf.CheckpointHooks, hf.UpdateHook, SFTTrainer):
     Transformers has no checkpoints; `train(resume_from_checkpoint=folder)` continues from there.
 
     A log of training has also what `docs/training.md` lists: speed, memory, and how the experts of each layer fare.
+
+    The host does not wait for the device: with our optimizer, clipping and a bad step are the device's business, and
+    verdicts and logs are read a step later (`settle`).
 
     Attributes:
         run_info: JSON data that every checkpoint carries.
@@ -123,7 +129,9 @@ class SlipstreamTrainer(hf.CheckpointHooks, hf.UpdateHook, SFTTrainer):
         self.routers = Routers(self.model, args.device, freeze_router, router_bias_update_rate)
         self._row_length = row_length
         self._flops: float | None = None
-        self._before_step: tuple[Tensor, Tensor, Any] | None = None
+        self._before_step: Snapshot | None = None
+        self._verdict: LateVerdict | None = None
+        self._late_log: LateLog | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(resume_from_checkpoint, str):
@@ -141,6 +149,7 @@ class SlipstreamTrainer(hf.CheckpointHooks, hf.UpdateHook, SFTTrainer):
     def save_checkpoint(self) -> None:
         assert self.checkpointer is not None
         assert self.model is not None
+        self.settle()
         self.store_flos()
         self.checkpointer.save(
             self.state.global_step,
@@ -148,7 +157,7 @@ class SlipstreamTrainer(hf.CheckpointHooks, hf.UpdateHook, SFTTrainer):
             self._bare_optimizer(),
             self.lr_scheduler,
             info={**self.run_info, "tokens": self.tokens, "seconds": self.seconds},
-            rank_info={"new_tokens": int(self._new_tokens), **hf.unlogged_loss(self)},
+            rank_info={"new_tokens": int(self._new_tokens), **hf_trainer.unlogged_loss(self)},
             files={TRAINER_STATE: json.dumps(dataclasses.asdict(self.state), indent=2)},
         )
 
@@ -161,7 +170,7 @@ class SlipstreamTrainer(hf.CheckpointHooks, hf.UpdateHook, SFTTrainer):
         self.tokens, self.seconds = self._resumed.info["tokens"], self._resumed.info["seconds"]
         ranks = self._resumed.rank_infos
         # A log takes the mean of the ranks' losses and the sum of their tokens.
-        hf.set_unlogged_loss(self, sum(rank["loss"] for rank in ranks) / len(ranks), ranks[0]["logged_step"])
+        hf_trainer.set_unlogged_loss(self, sum(rank["loss"] for rank in ranks) / len(ranks), ranks[0]["logged_step"])
         if self._resumed.same_ranks or self.args.process_index == 0:
             self._new_tokens += sum(rank["new_tokens"] for rank in ranks)
         if self.guard is not None:
@@ -173,54 +182,93 @@ class SlipstreamTrainer(hf.CheckpointHooks, hf.UpdateHook, SFTTrainer):
             self._clock = time.perf_counter()
         if self.guard is not None:
             if self.guard.at_first_batch:
-                self._before_step = hf.running_loss(self).clone(), self._new_tokens.clone(), rng_state()
+                self._before_step = Snapshot(self)
             self.guard.see(inputs)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with hf_trainer.staying_in_training(model):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         if self.guard is not None:
             self.guard.see_loss(loss)
         return loss
 
+    def total_norm(self) -> Tensor | None:
+        """The norm of the gradients, which our optimizer clips as it reads them; other optimizers get them clipped."""
+        optimizer = self._bare_optimizer()
+        if not isinstance(optimizer, AdamW):
+            return None
+        norm = total_grad_norm(param for group in optimizer.param_groups for param in group["params"])
+        if self.args.max_grad_norm:
+            optimizer.grad_scale = divisor(norm, self.args.max_grad_norm)
+        return norm
+
     def before_update(self, grad_norm: Tensor) -> None:
         """Between backward and the update: the guard's verdict, router gradients for the log, and balancing."""
         assert self.model is not None
-        if self.guard is not None and not self._is_good(grad_norm):
-            # An optimizer leaves parameters without gradients as they are.
-            self.model.zero_grad()
-            self.routers.forget()
-            return
+        self.settle()  # the step before
+        optimizer, limit, bad = self._bare_optimizer(), self.args.max_grad_norm, None
+        if self.guard is not None:
+            bad = self._judge(grad_norm)
+            if isinstance(optimizer, AdamW):
+                optimizer.found_inf = bad
+            elif self.settle():
+                # An optimizer leaves parameters without gradients as they are.
+                self.model.zero_grad()
+        clipped = limit and not isinstance(optimizer, AdamW)
         will_log = (self.state.global_step + 1) % self.args.logging_steps == 0
-        self.routers.before_update(grad_norm, self.args.max_grad_norm, will_log)
+        self.routers.before_update(divisor(grad_norm, limit) if clipped else None, will_log, bad)
 
-    def _is_good(self, grad_norm: Tensor) -> bool:
-        """Whether this step's update may be applied; all ranks decide from the same two numbers.
-
-        Raises: BadStepError where training has to end, once the state from before the step has been saved.
-        """
+    def _judge(self, grad_norm: Tensor) -> Tensor:
+        """Whether this step's update must not be applied, a bool on the device; `settle` tells the host."""
         assert self.guard is not None
         assert self._before_step is not None
         assert self.lr_scheduler is not None
         both = torch.stack([self.guard.loss().float(), torch.as_tensor(grad_norm).to(self.args.device).float()])
-        loss, norm = self.accelerator.reduce(both, "mean").tolist()
-        reason = self.guard.judge(loss, norm)
+        both = self.accelerator.reduce(both, "mean")  # the same for all ranks, so that they decide alike
+        bad = self.guard.is_bad(*both.unbind())
+        # In the log a bad step counts with the loss of the last good one.
+        running, usual = hf_trainer.running_loss(self), self.guard.recent[-1] if self.guard.recent else 0.0
+        running.copy_(torch.where(bad, self._before_step.running_loss + usual, running))
+        self.guard.close()
+        rate = float(self.lr_scheduler.get_last_lr()[0])
+        self._verdict = LateVerdict(self.state.global_step + 1, Later(both), rate, self._before_step)
+        return bad
+
+    def settle(self) -> bool:
+        """Hear what became of the last step, and give out its log; whether it was bad.
+
+        Raises: BadStepError where training has to end, once the state from before the step has been saved.
+        """
+        bad = self._hear_verdict()
+        if self._late_log is not None:
+            late, self._late_log = self._late_log, None
+            self._log_late(late, bad)
+        return bad
+
+    def _hear_verdict(self) -> bool:
+        verdict, self._verdict = self._verdict, None
+        if verdict is None:
+            return False
+        assert self.guard is not None
+        step, guard = verdict.step, self.guard
+        loss, norm = verdict.numbers.read()[0]
+        reason = guard.judge(loss, norm)
         if reason is None:
-            self.guard.accept(loss)
-            return True
-        step, guard = self.state.global_step + 1, self.guard
-        running_loss, new_tokens, rng = self._before_step
-        hf.running_loss(self).copy_(running_loss)
-        facts = {"loss": loss, "grad_norm": norm, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
+            guard.accept(loss)
+            return False
+        if self.state.global_step >= step:  # our optimizer has counted it
+            optimizer = self._bare_optimizer()
+            assert isinstance(optimizer, AdamW)
+            optimizer.forget_step()
+        facts = {"loss": loss, "grad_norm": norm, "learning_rate": verdict.learning_rate}
         where = f"step {step} was not applied: {reason}; its rows are in {guard.bad_folder(step)}"
         if guard.reject(step, reason, self.args.process_index, facts):
-            self._new_tokens.copy_(new_tokens)
+            self._late_log = None
+            verdict.before.restore(self)
             if self.state.global_step and self.checkpointer is not None:
-                set_rng_state(rng)
                 self.save_checkpoint()
                 self.checkpointer.close()
             raise BadStepError(f"{where}; the same command with train.on_bad_step=skip goes on without this update")
-        # In the log it counts with the loss of the last good step.
-        hf.running_loss(self).add_(guard.recent[-1] if guard.recent else 0.0)
         guard.tell(where)
-        return False
+        return True
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of a micro-batch, without a walk over all parameters."""
@@ -264,6 +312,7 @@ class SlipstreamTrainer(hf.CheckpointHooks, hf.UpdateHook, SFTTrainer):
             return model(**inputs, **kwargs).loss.detach(), None, None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.settle()
         started = time.perf_counter()
         if not self._trained_per_row:
             assert isinstance(self.eval_dataset, Dataset)
@@ -274,27 +323,49 @@ class SlipstreamTrainer(hf.CheckpointHooks, hf.UpdateHook, SFTTrainer):
             self._clock += time.perf_counter() - started
         return metrics
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        by_layer: dict[str, float] = {}
-        if "loss" in logs:
-            now = time.perf_counter()
-            facts = torch.tensor([0.0, peak_memory_gib(self.args.device)], dtype=torch.float64, device=self.args.device)
-            facts[0] = self._new_tokens
-            self._new_tokens.zero_()
-            everyone = self.accelerator.gather(facts).view(-1, 2)
-            new, memory = int(everyone[:, 0].sum()), float(everyone[:, 1].max())
-            speed = new / (now - self._clock)
-            self.tokens, self.seconds, self._clock = self.tokens + new, self.seconds + now - self._clock, now
-            logs |= {"tokens_per_second": round(speed, 1), "tokens": self.tokens, "memory_gib": round(memory, 2)}
-            used = mfu(speed, self._flops, self.args.device, len(everyone)) if self._flops else None
-            if used is not None:
-                logs["mfu"] = round(used, 4)
-            totals, by_layer = self.routers.health()
-            logs |= totals
-        super().log(logs | by_layer, start_time)
+    def record_log(self, steps: int, grad_norm: Tensor, learning_rate: float, start_time: float | None) -> None:
+        memory = torch.full_like(self._new_tokens, peak_memory_gib(self.args.device), dtype=torch.float64)
+        mine = torch.stack([hf_trainer.running_loss(self).double(), self._new_tokens.double(), memory])
+        self._new_tokens.zero_()
+        everyone = self.accelerator.gather(mine)
+        measured = self.routers.measure()
+        numbers = torch.cat([part.double().reshape(-1) for part in (everyone, grad_norm, *measured.values())])
+        ranks = everyone.numel() // 3
+        self._late_log = LateLog(
+            self.state.global_step, self.state.epoch, steps, learning_rate, start_time, ranks, [*measured],
+            Later(numbers),
+        )  # fmt: skip
+
+    def _log_late(self, late: LateLog, bad: bool) -> None:
+        numbers, now = late.numbers.read()
+        end = 3 * late.ranks
+        loss, new, memory = sum(numbers[0:end:3]) / late.ranks, int(sum(numbers[1:end:3])), max(numbers[2:end:3])
+        hf_trainer.add_to_whole_loss(self, loss)
+        speed = new / (now - self._clock)
+        self.tokens, self.seconds, self._clock = self.tokens + new, self.seconds + now - self._clock, now
+        logs: dict[str, Any] = {
+            "loss": loss / late.steps,
+            "grad_norm": numbers[end],
+            "learning_rate": late.learning_rate,
+        }
+        logs |= {"tokens_per_second": round(speed, 1), "tokens": self.tokens, "memory_gib": round(memory, 2)}
+        used = mfu(speed, self._flops, self.args.device, late.ranks) if self._flops else None
+        if used is not None:
+            logs["mfu"] = round(used, 4)
+        rows = iter(numbers[end + 1 :])
+        layers = (len(numbers) - end - 1) // max(len(late.measured), 1)
+        measured = {name: list(islice(rows, layers)) for name in late.measured}
+        if bad:
+            measured.pop(ROUTER_NORM, None)
+        totals, by_layer = self.routers.health(measured)
+        state = self.state
+        step, epoch = state.global_step, state.epoch
+        state.global_step, state.epoch = late.step, late.epoch
+        self.log(logs | totals | by_layer, late.start_time)
+        state.global_step, state.epoch = step, epoch
         if by_layer:
             # The history goes into every checkpoint; by layer it would be long.
-            self.state.log_history[-1] = {k: v for k, v in self.state.log_history[-1].items() if k not in by_layer}
+            state.log_history[-1] = {k: v for k, v in state.log_history[-1].items() if k not in by_layer}
 
     def _bare_optimizer(self) -> torch.optim.Optimizer:
         assert isinstance(self.optimizer, AcceleratedOptimizer)

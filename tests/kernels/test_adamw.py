@@ -116,6 +116,33 @@ def test_tensors_that_share_a_launch(case) -> None:
             same(tensor, other)
 
 
+@compiled_or_interpreted
+@pytest.mark.parametrize("case", ["fp32", "bf16", "master", "nearest fp16"])
+@pytest.mark.parametrize("skip", [None, 0.0, 1.0])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_gradients_are_scaled_and_updates_skipped_by_the_device(scale, skip, case) -> None:
+    """Alone and with others in a launch; one transposed, which goes through copies."""
+    tensors = draw([5000], *CASES[case])
+    random = None if "nearest" in case else Random(KEY)
+    on_device = [None if value is None else torch.tensor(value, device=DEVICE) for value in (scale, skip)]
+    expected = copies(tensors)
+    flat = [None if tensor is None else tensor.view(-1) for tensor in expected]
+    adamw_reference_(*flat, COEFFICIENTS, random, *on_device)  # type: ignore[arg-type]
+    alone, shared, transposed = (copies(tensors) for _ in range(3))
+    adamw_(*alone, COEFFICIENTS, random, *on_device)
+    adamw_all_([Update(*shared, COEFFICIENTS, random, *on_device)])
+    turned = [None if tensor is None else tensor.view(50, 100).T for tensor in transposed]
+    adamw_all_([Update(*turned, COEFFICIENTS, random, *on_device)])  # type: ignore[arg-type]
+    for ours in (alone, shared, transposed):
+        same_update(ours, expected)
+    if skip == 1.0:
+        for tensor, other in zip(alone, tensors, strict=True):
+            same(tensor, other)
+    elif scale is not None and case == "fp32":
+        before = (tensors[0], tensors[1] * scale, *tensors[2:])
+        same_update((alone[0], before[1], *alone[2:]), both(before, random)[1])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("size", [1, 1000, (1 << 20) + 3])

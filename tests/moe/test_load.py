@@ -9,7 +9,7 @@ from torch import nn
 import slipstream
 from slipstream import hf
 from slipstream.compilation import compile_layers
-from slipstream.moe.balance import BiasBalancing, check_routers, freeze_routers, load_health, router_gradient_norms
+from slipstream.moe.balance import BiasBalancing, RouterNorms, check_routers, freeze_routers, load_health
 from slipstream.moe.load import ExpertLoad, layer_name
 from tests.distributed.harness import run_ranks
 from tests.tiny_models import moe_architectures, tiny_batch, tiny_config, tiny_model
@@ -170,7 +170,7 @@ def test_frozen_routers_get_no_gradient() -> None:
     model = tiny_model("qwen3_moe")
     freeze_routers(model)
     step(model, tiny_batch())
-    assert router_gradient_norms(model) is None
+    assert RouterNorms(model).take() is None
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -181,14 +181,14 @@ def test_a_dense_model_has_no_router() -> None:
         check_routers(model, True, 0.0)
     with pytest.raises(ValueError, match=r"update_rate=0.001: the routers of LlamaForCausalLM have no bias"):
         BiasBalancing(model, 0.001)
-    assert router_gradient_norms(model) is None
+    assert RouterNorms(model).take() is None
 
 
 def test_router_gradient_norms() -> None:
     model = tiny_model("qwen3_moe")
-    assert router_gradient_norms(model) is None
+    assert RouterNorms(model).take() is None
     step(model, tiny_batch())
-    norms = router_gradient_norms(model)
+    norms = RouterNorms(model).take()
     wanted = [router.weight.grad.norm() for _, _, router, _ in hf.routers(model)]
     torch.testing.assert_close(norms, torch.stack(wanted))
 
@@ -253,7 +253,7 @@ def spread(model_type: str, folder: str, setup: dict, compiled: bool) -> dict:
     step(model, ids, load, torch.ones_like(ids))
     own = load.take()
     counts = sum_over_ranks(own.clone())
-    norms = router_gradient_norms(model)
+    norms = RouterNorms(model).take()
     found = {"own": own, "counts": counts, "norms": norms}
     if model_type != "qwen3_moe":
         balancing = BiasBalancing(model, 0.5)
@@ -277,7 +277,7 @@ def test_two_ranks_see_what_one_sees(model_type, ep_size, compiled, tmp_path) ->
     model.save_pretrained(tmp_path)
     load = ExpertLoad(model, CPU)
     step(model, ids)
-    counts, norms = load.take(), router_gradient_norms(model)
+    counts, norms = load.take(), RouterNorms(model).take()
     results = run_ranks(spread, 2, model_type, str(tmp_path), {"ep_size": ep_size}, compiled, timeout=180)
     for result in results:
         assert torch.equal(result["counts"], counts)

@@ -186,7 +186,7 @@ def test_a_gpu_is_measured(tmp_path: Path, checkpoint: Path, monkeypatch: pytest
         with monkeypatch.context() as patch:
             patch.setattr(batch_size, "agreed", lambda value, how, device: value)
             found.append(find_batch_size(shell, max_length, known))
-        batch_size.hf.set_batch_size(trainer, shell._train_batch_size)
+        batch_size.hf_trainer.set_batch_size(trainer, shell._train_batch_size)
         args.gradient_accumulation_steps = shell.args.gradient_accumulation_steps
         return found[-1]
 

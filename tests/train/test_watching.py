@@ -59,8 +59,9 @@ def test_every_log_says_how_fast_how_full_and_how_the_experts_fare(tmp_path: Pat
 def test_dense_models_have_no_experts_to_speak_of() -> None:
     routers = Routers(tiny_model("llama"), torch.device("cpu"), freeze=False, bias_update_rate=0.0)
     routers.see(None)
-    routers.before_update(torch.tensor(1.0), 1.0, will_log=True)
-    assert routers.health() == ({}, {})
+    routers.before_update(None, will_log=True, bad=torch.tensor(False))
+    assert routers.measure() == {}
+    assert routers.health({}) == ({}, {})
 
 
 def test_layers_stand_together_in_the_metrics() -> None:
