@@ -123,8 +123,12 @@ def add_to_whole_loss(trainer: Any, loss: float) -> None:
 
 @contextmanager
 def staying_in_training(model: torch.nn.Module) -> Iterator[None]:
-    """Spare `Trainer` its walk over all modules in every micro-batch, where `model` is in training mode already."""
-    if not model.training:
+    """Spare `Trainer` its walk over all modules in every micro-batch, where `model` is in training mode already.
+
+    A wrapper, such as DDP's, is so from the start, whatever the model inside is.
+    """
+    inside = getattr(model, "module", model)
+    if not (model.training and inside.training):
         yield
         return
     model.__dict__["train"] = lambda: model

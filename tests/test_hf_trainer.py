@@ -118,6 +118,20 @@ def test_modules_are_put_into_training_mode_once(tmp_path: Path) -> None:
     assert walks == [True, False, True, False]  # around evaluations after steps 3 and 5
 
 
+def test_a_wrapper_says_nothing_of_the_model_inside() -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    wrapper = Wrapper(tiny_model("llama").eval())
+    assert wrapper.training
+    for _ in range(2):
+        with hf_trainer.staying_in_training(wrapper):
+            wrapper.train()
+        assert all(module.training for module in wrapper.modules())
+
+
 def test_logs_can_be_read_later(tmp_path: Path) -> None:
     """What Trainer logs, at the latest before an evaluation and at the end; the mean over the run is the same."""
 

@@ -148,7 +148,7 @@ def test_the_recipe_on_two_ranks(tmp_path: Path) -> None:
     rows = [{"text": f"{first} {second}"} for first in ("one", "two") for second in ("three four", "five six")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sections: dict[str, Any] = {
-        "model": {"name_or_path": str(tmp_path / "model"), "tokenizer": "bytes"},
+        "model": {"name_or_path": str(tmp_path / "model"), "tokenizer": "bytes", "dtype": "float32"},
         "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 32, "packing": False, "eval_fraction": 0},
     }
     train = {"max_steps": 2, "mtp_loss_weight": WEIGHT, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 0.5}
@@ -160,5 +160,7 @@ def test_the_recipe_on_two_ranks(tmp_path: Path) -> None:
         saved.append(weights(output))
     assert saved[0].keys() == saved[1].keys() == source.keys()
     for name, tensor in saved[0].items():
-        torch.testing.assert_close(saved[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            saved[1][name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
     assert not torch.equal(saved[1]["model.layers.4.eh_proj.weight"], source["model.layers.4.eh_proj.weight"])
