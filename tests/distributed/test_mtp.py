@@ -160,7 +160,5 @@ def test_the_recipe_on_two_ranks(tmp_path: Path) -> None:
         saved.append(weights(output))
     assert saved[0].keys() == saved[1].keys() == source.keys()
     for name, tensor in saved[0].items():
-        torch.testing.assert_close(
-            saved[1][name], tensor, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(saved[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
     assert not torch.equal(saved[1]["model.layers.4.eh_proj.weight"], source["model.layers.4.eh_proj.weight"])
