@@ -30,7 +30,6 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
 
     - `backend`: a `BackendConfig` (or its fields as a dict), which implementation each operation uses.
     - `distributed_setup`: a `DistributedSetup` (or its fields as a dict), how the model is spread over the ranks.
-
     - `load_in_4bit`: store the experts in NF4, frozen, for LoRA beside them.
 
     The result is the model Transformers would return, of the same class. `slipstream.describe(model)` says what
@@ -134,13 +133,11 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         # A copy, because the config carries the choice of experts and attention to whatever model shares it.
         build = partial(super().from_config, copy.deepcopy(config), **kwargs)
         if distributed_setup is None or setup.ranks == 1:
-            model = accelerate(build(), backend=backend, distributed_setup=distributed_setup)
-            if load_in_4bit:
-                quantization.quantize_experts(model)
-            return model
-        distributed_config = _distributed_config(backend, setup)
-        with hf.sharding_by(partial(shard, setup=setup), partial(plan_experts, ep_size=setup.ep_size)):
-            model = build_sharded(build, partial(hf.distribute, config=distributed_config))
+            model = build()
+        else:
+            distributed_config = _distributed_config(backend, setup)
+            with hf.sharding_by(partial(shard, setup=setup), partial(plan_experts, ep_size=setup.ep_size)):
+                model = build_sharded(build, partial(hf.distribute, config=distributed_config))
         model = accelerate(model, backend=backend, distributed_setup=distributed_setup)
         if load_in_4bit:
             quantization.quantize_experts(model)

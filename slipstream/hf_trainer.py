@@ -151,13 +151,13 @@ def set_batch_size(trainer: Any, size: int) -> None:
 
 def unlogged_loss(trainer: Any) -> dict[str, float]:
     """The sum of this rank's losses since `trainer` logged last, and the step of that log."""
-    return {"loss": trainer._tr_loss.item(), "logged_step": trainer._globalstep_last_logged}
+    return {"loss": running_loss(trainer).item(), "logged_step": logged_step(trainer)}
 
 
 def set_unlogged_loss(trainer: Any, loss: float, logged_step: int) -> None:
     """Put back what `unlogged_loss` returned."""
-    trainer._tr_loss.fill_(loss)
-    trainer._globalstep_last_logged = logged_step
+    running_loss(trainer).fill_(loss)
+    set_logged_step(trainer, logged_step)
 
 
 def logged_step(trainer: Any) -> int:

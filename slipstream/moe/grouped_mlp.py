@@ -35,6 +35,7 @@ _INPUTS = (
     "Tensor? up_bias_EN, Tensor? down_bias_EH, "
     "Tensor? up_a_EHr, Tensor? up_b_ErN, Tensor? down_a_EIr, Tensor? down_b_ErH, str activation"
 )
+_TENSORS = 11  # of them
 
 
 def grouped_mlp(
@@ -114,13 +115,7 @@ def _(
     activation: str,
     num_rows: int | None,
 ) -> tuple[Tensor, ...]:
-    rows = idx_TK.numel() if num_rows is None else num_rows
-
-    def int32(*size: Any) -> Tensor:
-        return idx_TK.new_empty(size, dtype=torch.int32)
-
-    routing = Routing(int32(rows), int32(*idx_TK.shape), int32(up_EHN.shape[0]), int32(rows))
-    return x_TH.new_empty(x_TH.shape), up_EHN.new_empty(rows, up_EHN.shape[2]), *routing
+    return empty_outputs(x_TH, idx_TK, up_EHN.shape[0], up_EHN.shape[2], up_EHN.dtype, num_rows)
 
 
 def run_experts_backward(
@@ -207,26 +202,30 @@ def _(
     return empty_gradients(inputs, needs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.activation, _ = inputs
-    _, hidden_RN, *routing = output
-    ctx.mark_non_differentiable(hidden_RN, *routing)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, hidden_RN, *routing)
+def register_autograd(name: str) -> None:
+    """Let autograd follow the operator `slipstream::NAME` by `NAME_backward`: inputs and outputs as `run_experts` has
+    them, what is no tensor, such as the activation, up to `num_rows`."""
+    operator = getattr(torch.ops.slipstream, f"{name}_backward")
 
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors, ctx.settings = inputs[:_TENSORS], inputs[_TENSORS:-1]
+        _, hidden_RN, *routing = output
+        ctx.mark_non_differentiable(hidden_RN, *routing)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, hidden_RN, *routing)
 
-def _backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    *tensors, hidden_RN, slot_R, row_TK, ends_E, expert_R = ctx.saved_tensors
-    routing = [slot_R, row_TK, ends_E, expert_R]
+    def backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        *tensors, hidden_RN, slot_R, row_TK, ends_E, expert_R = ctx.saved_tensors
+        routing = [slot_R, row_TK, ends_E, expert_R]
 
-    def gradients(needs: list[bool]) -> list[Tensor]:
-        found: list[Tensor] = torch.ops.slipstream.experts_backward(
-            grad_TH, *tensors, ctx.activation, hidden_RN, routing, needs
-        )
-        return found
+        def gradients(needs: list[bool]) -> list[Tensor]:
+            found: list[Tensor] = operator(grad_TH, *tensors, *ctx.settings, hidden_RN, routing, needs)
+            return found
 
-    positions = [position for position in range(len(tensors)) if position != 2]  # the ids have no gradient
-    return needed_gradients(ctx, grad_TH, positions, gradients)
+        positions = [position for position in range(_TENSORS) if position != 2]  # the ids have no gradient
+        return needed_gradients(ctx, grad_TH, positions, gradients)
+
+    torch.library.register_autograd(f"slipstream::{name}", backward, setup_context=save)
 
 
 def needed_gradients(
@@ -247,6 +246,19 @@ def needed_gradients(
     return tuple(result)
 
 
+def empty_outputs(
+    x_TH: Tensor, idx_TK: Tensor, experts: int, width: int, dtype: torch.dtype, num_rows: int | None
+) -> tuple[Tensor, ...]:
+    """What a fake `run_experts` returns, where the pre-activation has that `width` and `dtype`."""
+    rows = idx_TK.numel() if num_rows is None else num_rows
+
+    def int32(*size: Any) -> Tensor:
+        return idx_TK.new_empty(size, dtype=torch.int32)
+
+    routing = Routing(int32(rows), int32(*idx_TK.shape), int32(experts), int32(rows))
+    return x_TH.new_empty(x_TH.shape), x_TH.new_empty((rows, width), dtype=dtype), *routing
+
+
 def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     """What an operator's fake backward returns: weights keep the layout in memory that they have."""
     return [
@@ -258,7 +270,7 @@ def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> l
 
 torch.library.impl("slipstream::experts", "default", run_experts)
 torch.library.impl("slipstream::experts_backward", "default", run_experts_backward)
-torch.library.register_autograd("slipstream::experts", _backward, setup_context=_save)
+register_autograd("experts")
 
 
 def _transposed(weight: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.nf4 import dequantize_nf4
-from slipstream.moe.grouped_mlp import empty_gradients, needed_gradients, run_experts, run_experts_backward
+from slipstream.moe.grouped_mlp import (
+    empty_gradients,
+    empty_outputs,
+    register_autograd,
+    run_experts,
+    run_experts_backward,
+)
 from slipstream.moe.lora import LowRank
-from slipstream.moe.routing import Routing
 
 
 class Packed(NamedTuple):
@@ -77,94 +82,41 @@ def dequantized(packed_EP: Tensor, inner: Sequence[int], transposed: bool, dtype
     return weight if transposed else weight.transpose(1, 2)
 
 
-def _forward(
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    idx_TK: Tensor,
-    up_EP: Tensor,
-    down_EP: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    *others, activation, up_inner, down_inner, transposed, dtype, num_rows = rest
-    up_EHN = dequantized(up_EP, up_inner, transposed, dtype)
-    down_EIH = dequantized(down_EP, down_inner, transposed, dtype)
-    arguments = (x_TH, weights_TK, idx_TK, up_EHN, down_EIH, *others, activation, num_rows)
+def _forward(x_TH: Tensor, weights_TK: Tensor, idx_TK: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    up_EP, down_EP, *others, activation, up_inner, down_inner, transposed, dtype, num_rows = rest
+    weights = _both(up_EP, down_EP, up_inner, down_inner, transposed, dtype)
+    arguments = (x_TH, weights_TK, idx_TK, *weights, *others, activation, num_rows)
     return run_experts(*arguments)
 
 
-@torch.library.register_fake("slipstream::experts_4bit")
-def _(
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    idx_TK: Tensor,
-    up_EP: Tensor,
-    down_EP: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    *_, up_inner, _, transposed, dtype, num_rows = rest
-    rows = idx_TK.numel() if num_rows is None else num_rows
-    width = up_inner[1] if transposed else up_inner[0]
-
-    def int32(*size: Any) -> Tensor:
-        return idx_TK.new_empty(size, dtype=torch.int32)
-
-    routing = Routing(int32(rows), int32(*idx_TK.shape), int32(up_EP.shape[0]), int32(rows))
-    return x_TH.new_empty(x_TH.shape), x_TH.new_empty((rows, width), dtype=dtype), *routing
-
-
-def _gradients(
-    grad_TH: Tensor,
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    idx_TK: Tensor,
-    up_EP: Tensor,
-    down_EP: Tensor,
-    *rest: Any,
-) -> list[Tensor]:
+def _gradients(grad_TH: Tensor, x_TH: Tensor, weights_TK: Tensor, idx_TK: Tensor, *rest: Any) -> list[Tensor]:
     """Those that `needs` asks for, in the order of `run_experts_backward`; never the weights'."""
-    *others, activation, up_inner, down_inner, transposed, dtype, hidden_RN, routing, needs = rest
-    up_EHN = dequantized(up_EP, up_inner, transposed, dtype)
-    down_EIH = dequantized(down_EP, down_inner, transposed, dtype)
-    inputs = (x_TH, weights_TK, idx_TK, up_EHN, down_EIH, *others)
+    up_EP, down_EP, *others, activation, up_inner, down_inner, transposed, dtype, hidden_RN, routing, needs = rest
+    weights = _both(up_EP, down_EP, up_inner, down_inner, transposed, dtype)
+    inputs = (x_TH, weights_TK, idx_TK, *weights, *others)
     arguments = (grad_TH, *inputs, activation, hidden_RN, routing, needs)
     return run_experts_backward(*arguments)
 
 
+def _both(
+    up_EP: Tensor, down_EP: Tensor, up_inner: Sequence[int], down_inner: Sequence[int], transposed: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return dequantized(up_EP, up_inner, transposed, dtype), dequantized(down_EP, down_inner, transposed, dtype)
+
+
+@torch.library.register_fake("slipstream::experts_4bit")
+def _(x_TH: Tensor, weights_TK: Tensor, idx_TK: Tensor, up_EP: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, up_inner, _, transposed, dtype, num_rows = rest
+    width = up_inner[1] if transposed else up_inner[0]
+    return empty_outputs(x_TH, idx_TK, up_EP.shape[0], width, dtype, num_rows)
+
+
 @torch.library.register_fake("slipstream::experts_4bit_backward")
-def _(
-    grad_TH: Tensor,
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    idx_TK: Tensor,
-    up_EP: Tensor,
-    down_EP: Tensor,
-    *rest: Any,
-) -> list[Tensor]:
-    return empty_gradients((x_TH, weights_TK, up_EP, down_EP, *rest[:6]), rest[-1])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.settings = inputs[:11], inputs[11:-1]
-    _, hidden_RN, *routing = output
-    ctx.mark_non_differentiable(hidden_RN, *routing)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, hidden_RN, *routing)
-
-
-def _backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    *tensors, hidden_RN, slot_R, row_TK, ends_E, expert_R = ctx.saved_tensors
-    routing = [slot_R, row_TK, ends_E, expert_R]
-
-    def gradients(needs: list[bool]) -> list[Tensor]:
-        found: list[Tensor] = torch.ops.slipstream.experts_4bit_backward(
-            grad_TH, *tensors, *ctx.settings, hidden_RN, routing, needs
-        )
-        return found
-
-    positions = [position for position in range(len(tensors)) if position != 2]  # the ids have no gradient
-    return needed_gradients(ctx, grad_TH, positions, gradients)
+def _(grad_TH: Tensor, x_TH: Tensor, weights_TK: Tensor, idx_TK: Tensor, *rest: Any) -> list[Tensor]:
+    return empty_gradients((x_TH, weights_TK, *rest[:8]), rest[-1])
 
 
 torch.library.impl("slipstream::experts_4bit", "default", _forward)
 torch.library.impl("slipstream::experts_4bit_backward", "default", _gradients)
-torch.library.register_autograd("slipstream::experts_4bit", _backward, setup_context=_save)
+register_autograd("experts_4bit")

@@ -155,7 +155,8 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
         # Autocast's copies, which backward needs: an expert's of its owner, a dense weight's whole.
         copied = 0 if layout.load_in_4bit else shape.routed / layout.ep_size
         steady["16-bit copies"] = layout.compute_bytes * (shape.dense + copied)
-    if shards > 1 and not frees_gathered(shape, layout):
+    frees = frees_gathered(shape, layout)
+    if shards > 1 and not frees:
         steady["gathered weights"] = width * sum(layer.dense for layer in shape.layers)
 
     gradients = [_gradient_bytes(layer.dense + layer.routed, layout) / shards for layer in shape.layers]
@@ -196,7 +197,7 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
                     "activations": sum(kept[: number + 1]) + outside,
                     "dispatched rows": sum(sent[: number + 1]),
                     "loss": after_loss,
-                    "gathered weights": _gathered(shape, units, number, following, layout),
+                    "gathered weights": _gathered(shape, units, frees, number, following, layout),
                     "backward of a layer": _in_between(layer, layout),
                     "dequantised experts": dequantised_bytes(layer, layout),
                 },
@@ -317,12 +318,12 @@ def _unit_parameters(shape: Shape) -> list[float]:
     return [total for unit, total in totals for _ in unit]
 
 
-def _gathered(shape: Shape, units: list[float], number: int, following: int, layout: Layout) -> float:
+def _gathered(shape: Shape, units: list[float], frees: bool, number: int, following: int, layout: Layout) -> float:
     """FSDP2's buffers: the weights of a layer's unit and the next, the unit's whole gradients, and their copy to be
     reduced."""
     if layout.shards == 1:
         return 0.0
-    weights = units[number] + units[following] if frees_gathered(shape, layout) else 0.0
+    weights = units[number] + units[following] if frees else 0.0
     gradients = units[number]
     if layout.efsdp > 1:
         layers = shape.layers

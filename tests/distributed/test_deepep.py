@@ -18,7 +18,7 @@ from tests.distributed import stand_in_deep_ep, test_dispatch
 from tests.distributed.harness import run_ranks
 from tests.distributed.stand_in_deep_ep import StandInDispatcher
 from tests.distributed.test_dispatch import ALL_EMPTY, EMPTY_RANK, EVEN, LOCAL_EXPERTS, RAGGED, Case
-from tests.tiny_models import tiny_config
+from tests.tiny_models import sgd_losses, tiny_config
 
 installed = find_spec("deep_ep") is not None
 
@@ -96,15 +96,7 @@ def _train(_: None) -> tuple[list[float], str, str]:
         tiny_config("qwen3_moe", num_hidden_layers=2), dtype=torch.bfloat16, backend={"dispatcher": "deepep"},
         distributed_setup={"ep_size": 2},
     )  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    ids = torch.arange(5 + 6 * dist.get_rank())[None]
-    losses = []
-    for _step in range(3):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = sgd_losses(model, [torch.arange(5 + 6 * dist.get_rank())[None]] * 3)
     choice = slipstream.describe(model)["dispatcher"]
     return losses, choice.chosen, choice.why
 

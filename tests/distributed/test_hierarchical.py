@@ -19,7 +19,7 @@ from slipstream.moe.dispatch.hierarchical import RANKS_PER_NODE, ranks_of_group_
 from tests.distributed import test_dispatch
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_dispatch import ALL_EMPTY, EMPTY_RANK, EVEN, LOCAL_EXPERTS, RAGGED, Case
-from tests.tiny_models import tiny_config
+from tests.tiny_models import sgd_losses, tiny_config
 
 HIDDEN = 16
 NODES = [(4, 2), (2, 1), (2, 2)]  # ranks, ranks per node
@@ -149,16 +149,10 @@ def _train(dispatcher: str, per_node: int, setup: dict[str, Any]) -> tuple[list[
     model = AutoModelForCausalLM.from_config(
         tiny_config("qwen3_moe", num_hidden_layers=2), backend={"dispatcher": dispatcher}, distributed_setup=setup
     )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    losses = []
-    for step in range(3):
-        ids = torch.randint(0, 64, (1, 6 + 3 * step * dist.get_rank()), generator=generator)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    generator, rank = torch.Generator().manual_seed(dist.get_rank()), dist.get_rank()
+    losses = sgd_losses(
+        model, [torch.randint(0, 64, (1, 6 + 3 * step * rank), generator=generator) for step in range(3)]
+    )
     choice = slipstream.describe(model)["dispatcher"]
     return losses, choice.chosen, choice.why
 

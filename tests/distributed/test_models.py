@@ -72,7 +72,12 @@ def _step(
     loss = model(input_ids=ids, labels=ids).loss
     assert len(exchanged) == len(list(hf.experts_modules(model))) > 0
     loss.backward()
+    return distances_from_one_process(model, loss, path)
 
+
+def distances_from_one_process(model: Any, loss: torch.Tensor, path: Path) -> tuple[float, dict[str, float]]:
+    """The loss's, mean over the ranks, and each gradient's, from what `checkpoints` has left in `path`."""
+    ranks = dist.get_world_size()
     expected = torch.load(path / f"expected-{ranks}.pt")
     mean = loss.detach().clone()
     dist.all_reduce(mean)

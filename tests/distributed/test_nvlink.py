@@ -30,7 +30,7 @@ from tests.distributed import test_dispatch
 from tests.distributed.harness import RankFailedError, run_ranks
 from tests.distributed.test_dispatch import ALL_EMPTY, EMPTY_RANK, EVEN, LOCAL_EXPERTS, RAGGED, TOP_K
 from tests.kernels.conditions import INTERPRETED
-from tests.tiny_models import tiny_config
+from tests.tiny_models import sgd_losses, tiny_config
 
 HIDDEN, INTERMEDIATE = 24, 16
 OPERATOR: Any = sys.modules[nvlink_experts.__module__]
@@ -292,16 +292,9 @@ def _train(dispatcher: str, compiled: bool, adapted: bool = False) -> tuple[list
         model = get_peft_model(model, lora)
     if compiled:
         compile_layers(model, backend="inductor" if DEVICE == "cuda" else "aot_eager")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    losses = []
-    for step in range(2):
-        ids = torch.randint(0, 64, (1, 6 + 3 * step * dist.get_rank()), generator=generator).to(DEVICE)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    generator, rank = torch.Generator().manual_seed(dist.get_rank()), dist.get_rank()
+    ids = (torch.randint(0, 64, (1, 6 + 3 * step * rank), generator=generator) for step in range(2))
+    losses = sgd_losses(model, (row.to(DEVICE) for row in ids))
     counters = torch._dynamo.utils.counters
     return losses, -1 if counters["graph_break"] else counters["stats"]["unique_graphs"]
 
