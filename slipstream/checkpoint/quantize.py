@@ -91,7 +91,9 @@ def quantize(source: Path, output: Path, *, overwrite: bool = False) -> Quantize
 
 def _config(source: Path) -> dict[str, Any]:
     if not (source / "config.json").is_file():
-        raise ValueError(f"SOURCE {source}: no config.json there; name the folder of a Hugging Face checkpoint")
+        raise ValueError(
+            f"SOURCE {source}: no config.json there; name a Hugging Face checkpoint (merge an adapter first)"
+        )
     config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "gpt_oss":
         raise ValueError(

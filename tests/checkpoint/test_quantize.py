@@ -162,6 +162,7 @@ def test_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         tmp_path / "b", quantization_config=transformers.Mxfp4Config(dequantize=True), dtype=torch.float32
     )
     ours = slipstream.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in ours.state_dict().items())
     torch.testing.assert_close(logits(ours), logits(plain), rtol=1e-4, atol=1e-5)
     slipstream.AutoModelForCausalLM.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c")
     assert quantize(tmp_path / "c", tmp_path / "d").error == 0
