@@ -127,7 +127,7 @@ def export(
                 totals = _totals_in_use(folder)
         avoid_names_in_use(plan, team.share(totals)[0])
         names = file_names(plan)
-        writer = _Writer(incomplete, [(name, set(keys)) for name, (of, keys) in zip(names, plan.shards, strict=True)
+        writer = Writer(incomplete, [(name, set(keys)) for name, (of, keys) in zip(names, plan.shards, strict=True)
                                       if of == rank])  # fmt: skip
         with team:
             if not incomplete.is_dir():
@@ -184,7 +184,7 @@ class Team:
         return [value for _, value in everyone]
 
 
-class _Writer:
+class Writer:
     """Collects this rank's tensors and writes each file once it has all of its own."""
 
     def __init__(self, folder: Path, files: list[tuple[str, set[str]]]) -> None:

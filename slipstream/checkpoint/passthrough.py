@@ -78,7 +78,7 @@ def sizes(model: Any) -> dict[str, int]:
     """Bytes of each of the kept tensors of `model`, as they will be saved."""
     with ExitStack() as stack:
         return {
-            name: _NBYTES[found.get_dtype()] * torch.Size(found.get_shape()).numel()
+            name: NBYTES[found.get_dtype()] * torch.Size(found.get_shape()).numel()
             for name, found in open_kept(model, stack).items()
         }
 
@@ -112,5 +112,5 @@ def follow(model: Any, folder: Path, files: dict[str, str]) -> None:
 
 
 # By safetensors' names.
-_NBYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+NBYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
            "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip

@@ -12,6 +12,7 @@ from slipstream.cli.launch import launch
 from slipstream.cli.merge import merge
 from slipstream.cli.plan import plan
 from slipstream.cli.preview import preview
+from slipstream.cli.quantize import quantize
 from slipstream.cli.report import report
 from slipstream.cli.upcycle import upcycle
 
@@ -31,6 +32,7 @@ app.command()(plan)
 app.command()(launch)
 app.command()(report)
 app.command()(merge)
+app.command()(quantize)
 app.command()(upcycle)
 app.add_typer(bench, name="bench")
 app.command()(coverage)
