@@ -73,11 +73,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output `[B, S, H, D]` and the log of the softmax's sum, fp32 `[H, T]`, both with the sinks."""
     B, S, H, D = query.shape
-    if _cudnn_takes(query, key, value, cu_seqlens):
+    alike = documents_alike(B, S, cu_seqlens, max_length, window)
+    if alike is not None and _cudnn_takes(*(rows := [x.reshape(*alike, *x.shape[2:]) for x in (query, key, value)])):
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *(x.transpose(1, 2) for x in (query, key, value)), None, True, 0.0, True, False, scale=scale
+            *(x.transpose(1, 2) for x in rows), None, True, 0.0, True, False, scale=scale
         )
-        out, lse = out.transpose(1, 2), lse.view(B, H, S).transpose(0, 1).reshape(H, B * S)
+        out = out.transpose(1, 2).reshape(B, S, H, out.shape[-1])
+        lse = lse.view(alike[0], H, alike[1]).transpose(0, 1).reshape(H, B * S)
     elif has_kernel(query):
         flat = (x.flatten(0, 1) for x in (query, key, value))
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -117,14 +119,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and sinks (empty without sinks)."""
     B, S, H, _ = query.shape
-    if _cudnn_takes(query, key, value, cu_seqlens):
+    alike = documents_alike(B, S, cu_seqlens, max_length, window)
+    if alike is not None and _cudnn_takes(*(rows := [x.reshape(*alike, *x.shape[2:]) for x in (query, key, value)])):
         seed = torch.zeros((), dtype=torch.int64, device=query.device)  # of a dropout that is not there
-        rows = (x.transpose(1, 2) for x in (grad, query, key, value, out))
-        lse_BHS1 = lse.view(H, B, S).transpose(0, 1).contiguous().unsqueeze(-1)
+        count, length = alike
+        grad_rows, out_rows = (x.reshape(count, length, *x.shape[2:]) for x in (grad, out))
+        rows = [x.transpose(1, 2) for x in (grad_rows, *rows, out_rows)]
+        lse_NHL1 = lse.view(H, count, length).transpose(0, 1).contiguous().unsqueeze(-1)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *rows, lse_BHS1, seed, seed, None, None, None, S, S, 0.0, True, scale=scale
+            *rows, lse_NHL1, seed, seed, None, None, None, length, length, 0.0, True, scale=scale
         )
-        grads = [x.transpose(1, 2) for x in grads]
+        grads = [x.transpose(1, 2).reshape(y.shape) for x, y in zip(grads, (query, key, value), strict=True)]
     elif has_kernel(query):
         flat = (x.flatten(0, 1) for x in (grad, query, key, value, out))
         seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
@@ -166,9 +171,26 @@ def _autograd(ctx, grad, _grad_lse):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _cudnn_takes(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether cuDNN computes whole rows here, twice as fast as FlashAttention-2 on Hopper."""
-    if cu_seqlens is not None or not has_kernel(query) or torch.cuda.get_device_capability(query.device)[0] < 9:
+def documents_alike(
+    batch: int, length: int, cu_seqlens: Tensor | None, max_length: Tensor | None, window: int | None
+) -> tuple[int, int] | None:
+    """(N, their length) where all documents are seen whole and known to be equally long, as rows of their own.
+
+    The host knows how many documents there are and the longest; if that many of that length are all tokens, none is
+    shorter. Example: 4 documents of at most 1024 tokens in 2 rows of 2048 -> (4, 1024).
+    """
+    if window is not None:
+        return None
+    if cu_seqlens is None:
+        return batch, length
+    count = cu_seqlens.numel() - 1
+    longest = 0 if max_length is None else int(max_length)  # on the CPU: nothing waits
+    return (count, longest) if count * longest == batch * length else None
+
+
+def _cudnn_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether cuDNN computes whole rows `[B, S, heads, D]` here, twice as fast as FlashAttention-2 on Hopper."""
+    if not has_kernel(query) or torch.cuda.get_device_capability(query.device)[0] < 9:
         return False
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, key.shape[1] != query.shape[1])

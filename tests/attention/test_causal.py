@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slipstream.attention.causal import causal_attention, documents, visible, whole_rows
+from slipstream.attention.causal import causal_attention, documents, documents_alike, visible, whole_rows
 
 B, S, D = 2, 9, 8
 # Rows of 9 as documents of 3, 6 and 1, 1, 7 tokens, and an empty one.
@@ -91,3 +91,22 @@ def test_documents_and_who_sees_whom() -> None:
     assert visible(1, 3, torch.tensor([0, 1, 3]), None, torch.device("cpu"))[0, 0].int().tolist() == [
         [1, 0, 0], [0, 1, 0], [0, 1, 1],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ends", "longest", "expected"),
+    [
+        ([0, 9, 18], 9, (2, 9)),
+        ([0, 3, 6, 9, 12, 15, 18], 3, (6, 3)),
+        ([0, 18], 18, (1, 18)),
+        ([0, 9, 18], 12, None),  # only known to be no longer than that
+        ([0, 4, 9, 18], 9, None),
+        ([0, 9, 9, 18], 9, None),  # an empty one
+    ],
+)
+def test_documents_of_one_length(ends, longest, expected) -> None:
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    assert documents_alike(B, S, cu_seqlens, torch.tensor(longest), None) == expected
+    assert documents_alike(B, S, cu_seqlens, torch.tensor(longest), 4) is None
+    assert documents_alike(B, S, cu_seqlens, None, None) is None
+    assert documents_alike(B, S, None, None, None) == (B, S)

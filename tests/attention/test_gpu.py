@@ -32,7 +32,7 @@ def truth(query, key, value, sinks, grad, scale, cu_seqlens, window):
 
 
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["no sinks", "sinks"])
-@pytest.mark.parametrize("case", ["rows", "packed", "window", "packed, window"])
+@pytest.mark.parametrize("case", ["rows", "alike", "packed", "window", "packed, window"])
 @pytest.mark.parametrize(("heads", "groups", "width"), [(8, 1, 64), (8, 2, 128), (4, 4, 192), (4, 2, 256)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_output_and_gradients(dtype, heads, groups, width, case, with_sinks) -> None:
@@ -48,6 +48,8 @@ def test_output_and_gradients(dtype, heads, groups, width, case, with_sinks) -> 
     inputs = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
     sinks = draw(heads) if with_sinks else None
     max_length = None if cu_seqlens is None else torch.tensor(S)
+    if case == "alike":
+        cu_seqlens, max_length = whole_rows(2 * B, S // 2, torch.device("cuda")), torch.tensor(S // 2)
     out = causal_attention(*inputs, width**-0.5, sinks, cu_seqlens, max_length, window)
     grad = torch.randn_like(out)
     out.backward(grad)
@@ -77,11 +79,14 @@ def accelerated(model_type: str, dtype: torch.dtype = torch.bfloat16, **changes:
 def test_which_kernel_runs(model_type: str) -> None:
     model = accelerated(model_type, num_hidden_layers=2)
     ids = tiny_batch(1, 256).cuda()
-    positions = torch.arange(128, device="cuda").repeat(2)[None]
+    positions = torch.cat([torch.arange(100), torch.arange(156)])[None].cuda()
     plain = kernels(lambda: model(input_ids=ids))
+    alike = kernels(lambda: model(input_ids=ids, position_ids=torch.arange(128, device="cuda").repeat(2)[None]))
     packed = kernels(lambda: model(input_ids=ids, position_ids=positions))
     if torch.cuda.get_device_capability()[0] == 9:
         assert "cudnn" in plain
+        # GPT-OSS has windows in every other layer.
+        assert "cudnn" in alike
     assert "flash_fwd" in packed
     assert "cudnn" not in packed
 

