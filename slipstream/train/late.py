@@ -12,23 +12,50 @@ from slipstream.checkpoint.training_state import rng_state, set_rng_state
 
 
 class Later:
-    """Numbers on their way from the device to the host, behind everything that the device was given before."""
+    """Numbers on their way from the device to the host, behind everything that the device was given before.
+
+    Attributes:
+        known: when they are there: an event on the device, or without one the time (`time.perf_counter`).
+    """
 
     def __init__(self, values: Tensor) -> None:
         """`values` may not be written to afterwards."""
-        self._values, self._event, self._made = values, None, time.perf_counter()
+        self._values = values
+        self.known: torch.cuda.Event | float = time.perf_counter()
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(values.device))
+            self.known = _event(values.device)
 
-    def read(self) -> tuple[list[Any], float]:
-        """The numbers, and the time (`time.perf_counter`) from which on they were known; waits for them."""
-        if self._event is None:
-            return self._values.tolist(), self._made
-        self._event.synchronize()
-        return self._values.tolist(), time.perf_counter()
+    def read(self) -> list[Any]:
+        """The numbers; waits for them."""
+        if isinstance(self.known, torch.cuda.Event):
+            self.known.synchronize()
+        return self._values.tolist()
+
+
+class Clock:
+    """When the device came to what the host learns later, by the host's clock (`time.perf_counter`)."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Starts now; the device should have nothing to do."""
+        self._at = time.perf_counter()
+        self._event = _event(device) if device.type == "cuda" else None
+
+    def time_of(self, numbers: Later) -> float:
+        """When the device had them ready; they have been read."""
+        if not isinstance(numbers.known, torch.cuda.Event):
+            return numbers.known
+        assert self._event is not None
+        self._at += self._event.elapsed_time(numbers.known) / 1e3
+        self._event = numbers.known
+        return self._at
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 class Snapshot:

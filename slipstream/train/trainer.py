@@ -24,7 +24,7 @@ from slipstream.optim import AdamW
 from slipstream.parallel.clip import divisor, total_grad_norm
 from slipstream.train.formats import IGNORE
 from slipstream.train.guards import BadStepError, StepGuard
-from slipstream.train.late import LateLog, Later, LateVerdict, Snapshot
+from slipstream.train.late import Clock, LateLog, Later, LateVerdict, Snapshot
 from slipstream.train.packing import Collator, count_tokens
 from slipstream.train.routers import ROUTER_NORM, Routers
 from slipstream.train.throughput import flops_per_token, mfu, peak_memory_gib
@@ -119,7 +119,8 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         self.z_loss = z_loss
         self.tokens, self.seconds = 0, 0.0
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
-        self._clock = 0.0
+        self._clock: Clock | None = None
+        self._counted_to = 0.0
         self._trained_per_row = 0.0
         self.checkpointer = checkpointer
         self.run_info: dict[str, Any] = {}
@@ -178,8 +179,9 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         self._resumed.restore_rng()
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        if not self._clock:
-            self._clock = time.perf_counter()
+        if self._clock is None:
+            self._clock = Clock(self.args.device)
+            self._counted_to = time.perf_counter()
         if self.guard is not None:
             if self.guard.at_first_batch:
                 self._before_step = Snapshot(self)
@@ -249,7 +251,7 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
             return False
         assert self.guard is not None
         step, guard = verdict.step, self.guard
-        loss, norm = verdict.numbers.read()[0]
+        loss, norm = verdict.numbers.read()
         reason = guard.judge(loss, norm)
         if reason is None:
             guard.accept(loss)
@@ -319,8 +321,8 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
             rows = self.eval_dataset["labels"]
             self._trained_per_row = sum(label != IGNORE for row in rows for label in row[1:]) / len(rows)
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        if self._clock:
-            self._clock += time.perf_counter() - started
+        if self._clock is not None:
+            self._counted_to += time.perf_counter() - started
         return metrics
 
     def record_log(self, steps: int, grad_norm: Tensor, learning_rate: float, start_time: float | None) -> None:
@@ -337,12 +339,15 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         )  # fmt: skip
 
     def _log_late(self, late: LateLog, bad: bool) -> None:
-        numbers, now = late.numbers.read()
+        assert self._clock is not None
+        numbers = late.numbers.read()
+        now = self._clock.time_of(late.numbers)
         end = 3 * late.ranks
         loss, new, memory = sum(numbers[0:end:3]) / late.ranks, int(sum(numbers[1:end:3])), max(numbers[2:end:3])
         hf_trainer.add_to_whole_loss(self, loss)
-        speed = new / (now - self._clock)
-        self.tokens, self.seconds, self._clock = self.tokens + new, self.seconds + now - self._clock, now
+        taken, self._counted_to = now - self._counted_to, now
+        speed = new / taken
+        self.tokens, self.seconds = self.tokens + new, self.seconds + taken
         logs: dict[str, Any] = {
             "loss": loss / late.steps,
             "grad_norm": numbers[end],

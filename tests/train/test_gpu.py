@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import slipstream
 from slipstream.compilation import compile_layers
 from slipstream.moe.load import ExpertLoad
+from slipstream.train.late import Clock, Later
 from slipstream.train.recipe_file import load_recipe
 from slipstream.train.run import run
 from tests.tiny_models import tiny_batch, tiny_model
@@ -50,6 +52,28 @@ def test_compiled_layers_count_what_uncompiled_ones_do() -> None:
     assert compiled.sum(dim=1).unique().tolist() == [4 * 50 * 2]
     # In another order of adding up, a token or two may go elsewhere.
     assert (compiled - plain).abs().sum() <= 0.02 * plain.sum()
+
+
+def test_the_clock_tells_when_the_device_was_done() -> None:
+    """Not when the host looked, which is later, nor when it asked, which is earlier."""
+    device = torch.device("cuda")
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    clock = Clock(device)
+    work = torch.randn(8192, 8192, device=device)
+    later = []
+    for _ in range(2):
+        for _ in range(20):
+            work = work @ work / 100
+        later.append(Later(work[0, :2]))
+    asked = time.perf_counter()
+    torch.cuda.synchronize()
+    done = time.perf_counter()
+    time.sleep(0.3)
+    assert all(len(numbers.read()) == 2 for numbers in later)
+    first, second = (clock.time_of(numbers) for numbers in later)
+    assert begun < first < second < done + 0.05
+    assert second > asked
 
 
 def test_batch_size_that_fits(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
