@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from slipstream import adapters, hf
+from slipstream import adapters, fp8, hf
 from slipstream.attention import interface as attention
 from slipstream.backend import BackendConfig
 from slipstream.checkpoint.export import install_save
@@ -87,16 +87,23 @@ def _experts(model: PreTrainedModel, backend: BackendConfig) -> Choice:
     if not modules:
         dense = hf.num_routed_experts(model.config) is None
         why = "a dense model" if dense else f"{type(model).__name__} does not call its experts through the interface"
-        if backend.experts == "slipstream" or (backend.gate == "balanced" and not dense):
-            raise ValueError(f"BackendConfig(experts='slipstream', gate={backend.gate!r}): {why}; use experts='auto'")
+        if backend.experts in ("slipstream", "fp8") or (backend.gate == "balanced" and not dense):
+            raise ValueError(
+                f"BackendConfig(experts={backend.experts!r}, gate={backend.gate!r}): {why}; use experts='auto'"
+            )
         return Choice("experts", "transformers", why)
     if backend.experts == "transformers":
         return Choice("experts", hf.experts_implementation(model), "asked for")
     if not all(parameter.dtype.is_floating_point and parameter.element_size() > 1 for parameter in _weights(modules)):
+        if backend.experts == "fp8":
+            raise ValueError("BackendConfig(experts='fp8'): the experts' weights are quantised; use experts='auto'")
         return Choice("experts", hf.experts_implementation(model), "the experts' weights are quantised")
-    name = "slipstream"
+    precision = ""
+    if backend.experts == "fp8":
+        _check_fp8_experts(modules)
+        precision = "; forward and input gradients in FP8, weight gradients in bf16"
+    name = experts.implementation(fp8=backend.experts == "fp8", balanced=backend.gate == "balanced")
     if backend.gate == "balanced":
-        name = "slipstream_balanced"
         warnings.warn(
             "gate='balanced': every expert gets the same number of tokens, whatever the router says. "
             "The model's output is meaningless; use this to measure speed only.",
@@ -107,7 +114,19 @@ def _experts(model: PreTrainedModel, backend: BackendConfig) -> Choice:
     else:
         model.set_experts_implementation(name)
     flavours = sorted({experts.flavour(module) for module in modules})
-    return Choice("experts", name, f"{len(modules)} layers; {' and '.join(flavours)}")
+    return Choice("experts", name, f"{len(modules)} layers; {' and '.join(flavours)}{precision}")
+
+
+def _check_fp8_experts(modules: list[torch.nn.Module]) -> None:
+    for module in modules:
+        weights = [parameter for parameter in module.parameters() if parameter.ndim == 3]
+        problems = [
+            experts.fp8_obstacle(module),
+            *(fp8.device_obstacle(weight) for weight in weights),
+            *(fp8.width_obstacle(*weight.shape[1:]) for weight in weights),
+        ]
+        for problem in filter(None, problems):
+            raise ValueError(f"BackendConfig(experts='fp8'): {problem}; use experts='auto'")
 
 
 def _weights(modules: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
