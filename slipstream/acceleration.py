@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from slipstream import adapters, fp8, hf
+from slipstream import adapters, fp8, hf, linear_fp8
 from slipstream.attention import interface as attention
 from slipstream.backend import BackendConfig
 from slipstream.checkpoint.export import install_save
@@ -67,7 +67,7 @@ def accelerate(
         choose_dispatcher(backend, setup),
         _attention(core, backend),
         _loss(core, backend),
-        Choice("linear", "torch", "cuBLAS runs these GEMMs near the chip's rate"),
+        _linear(core, backend, setup, adapted=core is not model),
     )
     if (scans := recurrent.install(core)) is not None:
         faster = "" if scans == "kernels" else "mamba_ssm and causal_conv1d, or fla: chunked scans in PyTorch are slow"
@@ -165,6 +165,17 @@ def _attention(model: PreTrainedModel, backend: BackendConfig) -> Choice:
         why = obstacle or "no GPU with FlashAttention-2: as Transformers"
         return Choice("attn", chosen, f"{why}; PyTorch picks the kernel")
     return Choice("attn", chosen, obstacle if chosen == default and obstacle else "what the model was loaded with")
+
+
+def _linear(model: PreTrainedModel, backend: BackendConfig, setup: DistributedSetup, adapted: bool) -> Choice:
+    if backend.linear != "fp8":
+        return Choice("linear", "torch", "cuBLAS runs these GEMMs near the chip's rate")
+    if adapted:
+        raise ValueError("BackendConfig(linear='fp8'): adapters stay in 16 bits; accelerate the model, then add them")
+    if setup.tp_size > 1:
+        raise ValueError(f"BackendConfig(linear='fp8'): with tp_size={setup.tp_size} weights are split; use tp_size=1")
+    found = linear_fp8.install(model)
+    return Choice("linear", "fp8", f"{found} projections in decoder layers; weight gradients in bf16")
 
 
 def _compile(model: PreTrainedModel, backend: BackendConfig) -> tuple[Choice, ...]:

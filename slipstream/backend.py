@@ -18,7 +18,7 @@ CHOICES: dict[str, dict[str, str | None]] = {
         "flash_attention_3": "flash_attn_interface",
         "flash_attention_4": "flash_attn.cute",
     },
-    "linear": {"auto": None, "torch": None},
+    "linear": {"auto": None, "torch": None, "fp8": None},
     "experts": {"auto": None, "slipstream": None, "fp8": None, "transformers": None},
     "dispatcher": {
         "auto": None,
@@ -50,7 +50,7 @@ class BackendConfig:
         attn: attention. `slipstream`: PyTorch's SDPA for plain rows, FlashAttention-2 for packed documents, padding and
             windows, both with sinks. `auto` keeps an `attn_implementation=` and takes `slipstream` otherwise, on a GPU
             and for the architectures that it fits. The rest are Transformers' names.
-        linear: dense projections.
+        linear: dense projections; `fp8`: those of decoder layers but routers, on Hopper.
         experts: the experts' MLP; `fp8`: ours with FP8 GEMMs, on Hopper (`slipstream/fp8.py`); `transformers` keeps
             `experts_implementation=`, or else Transformers' default.
         dispatcher: how tokens reach experts on other ranks. `local`: there are none; `all_gather`: every token goes

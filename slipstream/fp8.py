@@ -65,6 +65,25 @@ def grouped_mm_fp8(rows_RA: Tensor, weight_EAB: Tensor, ends_E: Tensor) -> Tenso
     )  # fmt: skip
 
 
+def mm_fp8(rows_RA: Tensor, weight_AB: Tensor) -> Tensor:
+    """`[R, A] @ [A, B]` in FP8, `[R, B]` bf16; a weight of either layout in memory.
+
+    Raises:
+        ValueError: a device, dtype or width that cannot.
+    """
+    _check("linear", rows_RA, weight_AB)
+    if not rows_RA.shape[0]:
+        return rows_RA.new_empty(0, weight_AB.shape[1])
+    left, right = quantize_rows(rows_RA), quantize_columns(weight_AB[None])
+    if not rows_RA.is_cuda:
+        ends_1 = torch.tensor([rows_RA.shape[0]], dtype=torch.int32)
+        return grouped_product_reference(left, right, ends_1)
+    return torch._scaled_mm(
+        left.values, right.values[0].t(), scale_a=left.scale[:, None], scale_b=right.scale, out_dtype=torch.bfloat16,
+        use_fast_accum=_FAST_SUMS,
+    )  # fmt: skip
+
+
 def grouped_product_reference(left: Operand, right: Operand, ends_E: Tensor) -> Tensor:
     """What the grouped GEMM computes, in fp32 up to the result. Reads `ends_E` back to the host; for tests."""
     rows_RA = left.values.float() * left.scale[:, None]

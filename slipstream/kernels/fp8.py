@@ -16,6 +16,7 @@ DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
 _SMALLEST = 1e-30  # a scale, so that its inverse is finite in fp32: rows of zeros stay zeros
 _INVERSE = 1 / LARGEST
+_FEW_COLUMNS = 512 * 64  # fewer than this make too few blocks of 64 to fill a GPU
 
 
 class Operand(NamedTuple):
@@ -75,7 +76,8 @@ def quantize_columns(weight_EAB: torch.Tensor) -> Operand:
     weight_EAB = weight_EAB.contiguous()
     values_EBA = torch.empty(experts, outputs, inputs, dtype=DTYPE, device=weight_EAB.device)
     scale_EB = torch.empty(experts, outputs, dtype=torch.float32, device=weight_EAB.device)
-    _quantize_columns_kernel[(-(-outputs // 64), experts)](
+    block_a, block_b = (512, 16) if experts * outputs < _FEW_COLUMNS else (64, 64)
+    _quantize_columns_kernel[(-(-outputs // block_b), experts)](
         weight_EAB,
         values_EBA,
         scale_EB,
@@ -83,8 +85,8 @@ def quantize_columns(weight_EAB: torch.Tensor) -> Operand:
         outputs,
         SMALLEST=_SMALLEST,
         INVERSE=_INVERSE,
-        BLOCK_A=64,
-        BLOCK_B=64,
+        BLOCK_A=block_a,
+        BLOCK_B=block_b,
     )
     return Operand(values_EBA, scale_EB)
 

@@ -81,8 +81,10 @@ def test_what_is_not_finite_stays_so() -> None:
 @compiled_or_interpreted
 @pytest.mark.parametrize("stored", ["in-out", "out-in"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("size", [(1, 16, 16), (3, 80, 144), (2, 129, 65)])
-def test_columns(size, dtype, stored) -> None:
+@pytest.mark.parametrize("few", [0, 1 << 20], ids=["many columns", "few columns"])
+@pytest.mark.parametrize("size", [(1, 16, 16), (3, 80, 144), (2, 529, 65)])
+def test_columns(size, few, dtype, stored, monkeypatch) -> None:
+    monkeypatch.setattr(fp8, "_FEW_COLUMNS", few)
     experts, inputs, outputs = size
     if stored == "in-out":
         weight = torch.randn(experts, inputs, outputs, device=DEVICE).to(dtype)
