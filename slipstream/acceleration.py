@@ -55,6 +55,10 @@ def accelerate(
             )
         return model
     setup = DistributedSetup.of(distributed_setup)
+    if setup.tp_size > 1 and "fp8" in (backend.experts, backend.linear):
+        raise ValueError(
+            f"BackendConfig: 'fp8' takes whole weights, not those of tp_size={setup.tp_size}; use tp_size=1"
+        )
     if distributed_setup is not None:
         setup.check(hf.num_routed_experts(core.config))
         if setup.ranks > 1 and not hf.is_distributed(core):
@@ -67,7 +71,7 @@ def accelerate(
         choose_dispatcher(backend, setup),
         _attention(core, backend),
         _loss(core, backend),
-        _linear(core, backend, setup, adapted=core is not model),
+        _linear(core, backend, adapted=core is not model),
     )
     if (scans := recurrent.install(core)) is not None:
         faster = "" if scans == "kernels" else "mamba_ssm and causal_conv1d, or fla: chunked scans in PyTorch are slow"
@@ -167,13 +171,11 @@ def _attention(model: PreTrainedModel, backend: BackendConfig) -> Choice:
     return Choice("attn", chosen, obstacle if chosen == default and obstacle else "what the model was loaded with")
 
 
-def _linear(model: PreTrainedModel, backend: BackendConfig, setup: DistributedSetup, adapted: bool) -> Choice:
+def _linear(model: PreTrainedModel, backend: BackendConfig, adapted: bool) -> Choice:
     if backend.linear != "fp8":
         return Choice("linear", "torch", "cuBLAS runs these GEMMs near the chip's rate")
     if adapted:
         raise ValueError("BackendConfig(linear='fp8'): adapters stay in 16 bits; accelerate the model, then add them")
-    if setup.tp_size > 1:
-        raise ValueError(f"BackendConfig(linear='fp8'): with tp_size={setup.tp_size} weights are split; use tp_size=1")
     found = linear_fp8.install(model)
     return Choice("linear", "fp8", f"{found} projections in decoder layers; weight gradients in bf16")
 

@@ -143,6 +143,15 @@ def test_widths_that_do_not_fit_are_left_alone() -> None:
     assert kinds["self_attn.q_proj"] is FP8Linear
 
 
+@pytest.mark.parametrize("operation", ["linear", "experts"])
+def test_split_weights_are_refused(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="'fp8' takes whole weights, not those of tp_size=2; use tp_size=1"):
+        slipstream.accelerate(
+            tiny_model("qwen3_moe", None), backend={operation: "fp8"}, distributed_setup={"tp_size": 2}
+        )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_refused() -> None:
     with pytest.raises(ValueError, match=r"linear='fp8'\): FP8 GEMMs need a Hopper GPU, .* cpu; use linear='auto'"):
