@@ -123,11 +123,10 @@ def _experts(model: PreTrainedModel, backend: BackendConfig) -> Choice:
 
 def _check_fp8_experts(modules: list[torch.nn.Module]) -> None:
     for module in modules:
-        weights = [parameter for parameter in module.parameters() if parameter.ndim == 3]
         problems = [
             experts.fp8_obstacle(module),
-            *(fp8.device_obstacle(weight) for weight in weights),
-            *(fp8.width_obstacle(*weight.shape[1:]) for weight in weights),
+            fp8.device_obstacle(next(module.parameters())),
+            *(fp8.width_obstacle(*weight.shape[1:]) for weight in module.parameters() if weight.ndim == 3),
         ]
         for problem in filter(None, problems):
             raise ValueError(f"BackendConfig(experts='fp8'): {problem}; use experts='auto'")

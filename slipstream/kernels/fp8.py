@@ -76,7 +76,7 @@ def quantize_columns(weight_EAB: torch.Tensor) -> Operand:
     weight_EAB = weight_EAB.contiguous()
     values_EBA = torch.empty(experts, outputs, inputs, dtype=DTYPE, device=weight_EAB.device)
     scale_EB = torch.empty(experts, outputs, dtype=torch.float32, device=weight_EAB.device)
-    block_a, block_b = (512, 16) if experts * outputs < _FEW_COLUMNS else (64, 64)
+    block_a, block_b = (512, 16) if experts * outputs < _FEW_COLUMNS else (128, 64)
     _quantize_columns_kernel[(-(-outputs // block_b), experts)](
         weight_EAB,
         values_EBA,
