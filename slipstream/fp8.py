@@ -1,8 +1,8 @@
 """FP8 training: which GEMMs run in FP8, on what, and how.
 
 The output and the input's gradient are e4m3 GEMMs with one scale a row and a column; the weight's gradient keeps 16
-bits, being the least tolerant of rounding (torchao's recipe "rowwise_with_gw_hp"). Operands are made from 16 bits each
-time, so nothing of FP8 is kept from forward to backward, and parameters, optimizer and checkpoints know nothing of it.
+bits: torchao's most accurate recipe, "rowwise_with_gw_hp". Operands are made from 16 bits each time, so nothing of FP8
+is kept from forward to backward, and parameters, optimizer and checkpoints know nothing of it.
 
 Dims: R rows, E experts, A the summed dimension, B columns.
 """
