@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from slipstream import adapters, hf
+from slipstream import adapters, fp8, hf, linear_fp8
 from slipstream.attention import interface as attention
 from slipstream.backend import BackendConfig
 from slipstream.checkpoint.export import install_save
@@ -55,6 +55,10 @@ def accelerate(
             )
         return model
     setup = DistributedSetup.of(distributed_setup)
+    if setup.tp_size > 1 and "fp8" in (backend.experts, backend.linear):
+        raise ValueError(
+            f"BackendConfig: 'fp8' takes whole weights, not those of tp_size={setup.tp_size}; use tp_size=1"
+        )
     if distributed_setup is not None:
         setup.check(hf.num_routed_experts(core.config))
         if setup.ranks > 1 and not hf.is_distributed(core):
@@ -67,7 +71,7 @@ def accelerate(
         choose_dispatcher(backend, setup),
         _attention(core, backend),
         _loss(core, backend),
-        Choice("linear", "torch", "cuBLAS runs these GEMMs near the chip's rate"),
+        _linear(core, backend, adapted=core is not model),
     )
     if (scans := recurrent.install(core)) is not None:
         faster = "" if scans == "kernels" else "mamba_ssm and causal_conv1d, or fla: chunked scans in PyTorch are slow"
@@ -87,16 +91,23 @@ def _experts(model: PreTrainedModel, backend: BackendConfig) -> Choice:
     if not modules:
         dense = hf.num_routed_experts(model.config) is None
         why = "a dense model" if dense else f"{type(model).__name__} does not call its experts through the interface"
-        if backend.experts == "slipstream" or (backend.gate == "balanced" and not dense):
-            raise ValueError(f"BackendConfig(experts='slipstream', gate={backend.gate!r}): {why}; use experts='auto'")
+        if backend.experts in ("slipstream", "fp8") or (backend.gate == "balanced" and not dense):
+            raise ValueError(
+                f"BackendConfig(experts={backend.experts!r}, gate={backend.gate!r}): {why}; use experts='auto'"
+            )
         return Choice("experts", "transformers", why)
     if backend.experts == "transformers":
         return Choice("experts", hf.experts_implementation(model), "asked for")
     if not all(parameter.dtype.is_floating_point and parameter.element_size() > 1 for parameter in _weights(modules)):
+        if backend.experts == "fp8":
+            raise ValueError("BackendConfig(experts='fp8'): the experts' weights are quantised; use experts='auto'")
         return Choice("experts", hf.experts_implementation(model), "the experts' weights are quantised")
-    name = "slipstream"
+    precision = ""
+    if backend.experts == "fp8":
+        _check_fp8_experts(modules)
+        precision = "; forward and input gradients in FP8, weight gradients in bf16"
+    name = experts.implementation(fp8=backend.experts == "fp8", balanced=backend.gate == "balanced")
     if backend.gate == "balanced":
-        name = "slipstream_balanced"
         warnings.warn(
             "gate='balanced': every expert gets the same number of tokens, whatever the router says. "
             "The model's output is meaningless; use this to measure speed only.",
@@ -107,7 +118,18 @@ def _experts(model: PreTrainedModel, backend: BackendConfig) -> Choice:
     else:
         model.set_experts_implementation(name)
     flavours = sorted({experts.flavour(module) for module in modules})
-    return Choice("experts", name, f"{len(modules)} layers; {' and '.join(flavours)}")
+    return Choice("experts", name, f"{len(modules)} layers; {' and '.join(flavours)}{precision}")
+
+
+def _check_fp8_experts(modules: list[torch.nn.Module]) -> None:
+    for module in modules:
+        problems = [
+            experts.fp8_obstacle(module),
+            fp8.device_obstacle(next(module.parameters())),
+            *(fp8.width_obstacle(*weight.shape[1:]) for weight in module.parameters() if weight.ndim == 3),
+        ]
+        for problem in filter(None, problems):
+            raise ValueError(f"BackendConfig(experts='fp8'): {problem}; use experts='auto'")
 
 
 def _weights(modules: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
@@ -146,6 +168,15 @@ def _attention(model: PreTrainedModel, backend: BackendConfig) -> Choice:
         why = obstacle or "no GPU with FlashAttention-2: as Transformers"
         return Choice("attn", chosen, f"{why}; PyTorch picks the kernel")
     return Choice("attn", chosen, obstacle if chosen == default and obstacle else "what the model was loaded with")
+
+
+def _linear(model: PreTrainedModel, backend: BackendConfig, adapted: bool) -> Choice:
+    if backend.linear != "fp8":
+        return Choice("linear", "torch", "cuBLAS runs these GEMMs near the chip's rate")
+    if adapted:
+        raise ValueError("BackendConfig(linear='fp8'): adapters stay in 16 bits; accelerate the model, then add them")
+    found = linear_fp8.install(model)
+    return Choice("linear", "fp8", f"{found} projections in decoder layers; weight gradients in bf16")
 
 
 def _compile(model: PreTrainedModel, backend: BackendConfig) -> tuple[Choice, ...]:

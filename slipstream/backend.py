@@ -18,8 +18,8 @@ CHOICES: dict[str, dict[str, str | None]] = {
         "flash_attention_3": "flash_attn_interface",
         "flash_attention_4": "flash_attn.cute",
     },
-    "linear": {"auto": None, "torch": None},
-    "experts": {"auto": None, "slipstream": None, "transformers": None},
+    "linear": {"auto": None, "torch": None, "fp8": None},
+    "experts": {"auto": None, "slipstream": None, "fp8": None, "transformers": None},
     "dispatcher": {
         "auto": None,
         "local": None,
@@ -50,8 +50,9 @@ class BackendConfig:
         attn: attention. `slipstream`: PyTorch's SDPA for plain rows, FlashAttention-2 for packed documents, padding and
             windows, both with sinks. `auto` keeps an `attn_implementation=` and takes `slipstream` otherwise, on a GPU
             and for the architectures that it fits. The rest are Transformers' names.
-        linear: dense projections.
-        experts: the experts' MLP; `transformers` keeps `experts_implementation=`, or else Transformers' default.
+        linear: dense projections; `fp8`: those of decoder layers but routers, on Hopper.
+        experts: the experts' MLP; `fp8`: ours with FP8 GEMMs, on Hopper (`slipstream/fp8.py`); `transformers` keeps
+            `experts_implementation=`, or else Transformers' default.
         dispatcher: how tokens reach experts on other ranks. `local`: there are none; `all_gather`: every token goes
             to every rank; `all_to_all`: a token goes to the ranks that hold its experts; `hierarchical`: once to each
             node, and on to the ranks there (`auto` over several nodes); `nvlink`: it is stored into the ranks' memory,
@@ -89,9 +90,9 @@ class BackendConfig:
                     f"BackendConfig({operation}={value!r}) needs the package {package!r}, which is not installed: "
                     f"{HOW_TO_GET.get(package, 'install it')}, or use one of {', '.join(works)}"
                 )
-        if self.gate == "balanced" and self.experts not in ("auto", "slipstream"):
+        if self.gate == "balanced" and self.experts == "transformers":
             raise ValueError(
-                f"BackendConfig(gate='balanced') works with experts='slipstream', not {self.experts!r}: "
+                f"BackendConfig(gate='balanced') works with experts='slipstream' or 'fp8', not {self.experts!r}: "
                 "the uniform choice is made inside that implementation"
             )
 

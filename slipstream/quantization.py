@@ -33,6 +33,8 @@ def check(config: Any, backend: BackendConfig, setup: DistributedSetup | None) -
         )
     if backend.experts == "transformers":
         raise ValueError("load_in_4bit: experts='transformers' reads whole weights; use experts='auto'")
+    if backend.experts == "fp8":
+        raise ValueError("load_in_4bit: experts='fp8' makes FP8 of weights in 16 bits; use experts='auto'")
     if setup is not None and setup.ranks > 1 and not stay_put(setup):
         raise ValueError(
             f"load_in_4bit: packed experts stay with one rank and are not sharded by FSDP2, so on {setup.ranks} ranks "

@@ -130,7 +130,7 @@ def test_balanced_gate_warns_and_spreads_tokens() -> None:
         ({"attn": "te"}, r"attn='te'.*use one of 'auto', 'sdpa'"),
         ({"speed": "high"}, "no field 'speed'; it has attn"),
         ({"loss": 3}, "loss=3"),
-        ({"gate": "balanced", "experts": "transformers"}, "works with experts='slipstream'"),
+        ({"gate": "balanced", "experts": "transformers"}, "works with experts='slipstream' or 'fp8'"),
     ],
 )
 def test_bad_backend(backend, message) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from slipstream import hf
+from slipstream import fp8, hf
 from slipstream.bench.presets import build_config
 from slipstream.bench.timing import peak_above_gib, time_ms
 from slipstream.moe.routing import balanced_index
@@ -105,6 +105,12 @@ def _contenders(owner: Any, module: Any) -> Iterator[tuple[str, Experts | str]]:
         owner.set_experts_implementation(implementation)  # until the next one is asked for
         yield name, module
     yield "liger fused moe", _liger(module)
+    weights = [parameter for parameter in module.parameters() if parameter.ndim == 3]
+    if weights[0].dtype == torch.bfloat16 and not any(
+        fp8.obstacle(weight.device) or fp8.width_obstacle(*weight.shape[1:]) for weight in weights
+    ):
+        owner.set_experts_implementation("slipstream_fp8")
+        yield "slipstream fp8", module
 
 
 def _liger(module: Any) -> Experts | str:

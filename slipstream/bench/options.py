@@ -77,6 +77,11 @@ class Options:
         """Tokens of a rank's step."""
         return self.seq_len * self.micro_batch
 
+    @property
+    def fp8(self) -> list[str]:
+        """What of ours runs in FP8, as `BackendConfig` names it."""
+        return [name for name, value in self.backend.items() if value == "fp8"]
+
     def config(self) -> PretrainedConfig:
         """The model's config."""
         return build_config(self.model, self.layers, experts=self.experts, tiny=self.tiny, changes=self.changes)

@@ -28,6 +28,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     ("expert GEMM", r"group(ed)?_?(gemm|mm|problem)|GroupProblemShape|moe.*gemm|fused_moe|(up|down)_proj.*kernel"),
     ("loss", r"cross_entropy|nll_loss|cunn_SoftMax|liger_ce"),
     ("other GEMM", r"gemm|nvjet|cublas|cutlass|splitk|wgmma|matmul|gemv"),
+    ("quantisation", r"quantize"),
     ("copies", r"memcpy|memset|direct_copy|copy_kernel|CatArray|FillFunctor|fill_"),
     ("gather, scatter, sort", r"gather|scatter|index|sort|topk|radix|cumsum|scan|histogram|bincount|searchsorted|rout"),
     (

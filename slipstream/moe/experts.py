@@ -1,6 +1,7 @@
 """The expert path: one forward for every experts module that follows Transformers' experts interface.
 
-Registered there as "slipstream" (and "slipstream_balanced" for benchmarks), so a model takes it by name.
+Registered there as "slipstream", "slipstream_fp8" (its GEMMs in FP8), and each with "_balanced" behind it for
+benchmarks, so a model takes it by name.
 """
 
 import math
@@ -26,6 +27,21 @@ ADAPTERS = "_slipstream_adapters"
 Adapters = Callable[[str, torch.dtype], LowRank | None]
 
 
+def implementation(fp8: bool = False, balanced: bool = False) -> str:
+    """The name that an implementation of ours has in Transformers' registry."""
+    return "slipstream" + "_fp8" * fp8 + "_balanced" * balanced
+
+
+def is_balanced(name: str) -> bool:
+    """Whether an `implementation` takes a uniform choice of experts instead of the router's."""
+    return name in (implementation(fp8, balanced=True) for fp8 in (False, True))
+
+
+def is_fp8(name: str) -> bool:
+    """Whether an `implementation` has its GEMMs in FP8."""
+    return name in (implementation(fp8=True, balanced=balanced) for balanced in (False, True))
+
+
 def flavour(experts: Any) -> str:
     """How `experts` lays out and combines its weights, in words for a report, and whether its activation is fused."""
     name = activation_name(experts)
@@ -47,14 +63,24 @@ def _in_words(activation: Any) -> str:
 
 
 def experts_forward(
-    experts: Any, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor, num_rows: int | None = None
+    experts: Any,
+    x_TH: torch.Tensor,
+    idx_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    num_rows: int | None = None,
+    fp8: bool = False,
 ) -> torch.Tensor:
     """The experts interface: `x_TH [T, H]`, ids `idx_TK [T, K]` int64, `weights_TK [T, K]` -> `[T, H]`.
 
     Under expert parallelism an id may say 'not on this rank'; `num_rows` is how many don't, where the host knows it.
+
+    Raises:
+        ValueError: `fp8` for experts that don't run as one operator on 16-bit weights, or where no GPU can.
     """
+    if fp8 and (problem := fp8_obstacle(experts)) is not None:
+        raise ValueError(f"BackendConfig(experts='fp8'): {problem}; use experts='auto'")
     activation: Any = activation_name(experts)
-    mlp: Any = grouped_mlp
+    mlp: Any = partial(grouped_mlp, fp8=True) if fp8 else grouped_mlp
     up: Any
     down: Any
     if not is_fused(experts):
@@ -75,6 +101,14 @@ def experts_forward(
         x_TH, weights_TK, idx_TK, up, down, activation, up_bias_EN=up_bias, down_bias_EH=down_bias, num_rows=num_rows,
         up_lora=up_lora, down_lora=down_lora,
     )  # fmt: skip
+
+
+def fp8_obstacle(experts: Any) -> str | None:
+    """Why `experts` cannot run in FP8, whatever their widths and device, or None."""
+    kind = type(experts).__name__.removeprefix("FSDP")
+    if not is_fused(experts):
+        return f"{kind} has parameters between or behind its projections, which run outside the experts' operator"
+    return f"the weights of {kind} are stored in 4 bits" if is_packed(experts) else None
 
 
 def is_fused(experts: Any) -> bool:
@@ -114,6 +148,13 @@ def _biases(experts: Any, dtype: torch.dtype) -> tuple[torch.Tensor | None, torc
     return up_bias.to(dtype), experts.down_proj_bias.to(dtype)
 
 
+def fp8_experts_forward(
+    experts: Any, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """`experts_forward` in FP8."""
+    return experts_forward(experts, x_TH, idx_TK, weights_TK, fp8=True)
+
+
 def balanced_experts_forward(
     experts: Any, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
@@ -121,10 +162,19 @@ def balanced_experts_forward(
     return experts_forward(experts, x_TH, balanced_index(idx_TK, experts.num_experts), weights_TK)
 
 
+def fp8_balanced_experts_forward(
+    experts: Any, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """`balanced_experts_forward` in FP8."""
+    return experts_forward(experts, x_TH, balanced_index(idx_TK, experts.num_experts), weights_TK, fp8=True)
+
+
 def _in_out(weight: torch.Tensor, experts: Any) -> torch.Tensor:
     """`weight` as an `[E, in, out]` view."""
     return weight if experts.is_transposed else weight.transpose(1, 2)
 
 
-hf.register_experts("slipstream", experts_forward)
-hf.register_experts("slipstream_balanced", balanced_experts_forward)
+hf.register_experts(implementation(), experts_forward)
+hf.register_experts(implementation(fp8=True), fp8_experts_forward)
+hf.register_experts(implementation(balanced=True), balanced_experts_forward)
+hf.register_experts(implementation(fp8=True, balanced=True), fp8_balanced_experts_forward)

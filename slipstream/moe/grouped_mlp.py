@@ -33,7 +33,7 @@ from slipstream.moe.routing import Routing, sort_by_expert
 _INPUTS = (
     "(Tensor x_TH, Tensor weights_TK, Tensor idx_TK, Tensor up_EHN, Tensor down_EIH, "
     "Tensor? up_bias_EN, Tensor? down_bias_EH, "
-    "Tensor? up_a_EHr, Tensor? up_b_ErN, Tensor? down_a_EIr, Tensor? down_b_ErH, str activation"
+    "Tensor? up_a_EHr, Tensor? up_b_ErN, Tensor? down_a_EIr, Tensor? down_b_ErH, str activation, bool fp8"
 )
 _TENSORS = 11  # of them
 
@@ -50,17 +50,20 @@ def grouped_mlp(
     num_rows: int | None = None,
     up_lora: LowRank | None = None,
     down_lora: LowRank | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     """Weighted sum of each token's experts, `[T, H]` in the dtype of `x_TH`. Oracle: `reference.experts_reference`.
 
     `activation` is a name for `activation.function_named`: `[R, N] -> [R, I]` row by row, without trainable parameters.
     The GEMMs run in the weights' dtype, sums over experts in fp32. An id >= E adds nothing; `num_rows` is how many are
-    below E, where the host knows it. The adapters add to `up_EHN` and `down_EIH`, in the same dtype.
+    below E, where the host knows it. The adapters add to `up_EHN` and `down_EIH`, in the same dtype. With `fp8` the
+    weights' products with rows and gradients are in FP8 (`slipstream/fp8.py`, which raises); all is bf16 then.
     """
     factors = (*(up_lora or (None, None)), *(down_lora or (None, None)))
     return torch.ops.slipstream.experts(
-        x_TH, weights_TK, idx_TK, up_EHN, down_EIH, up_bias_EN, down_bias_EH, *factors, activation, num_rows
-    )[0]
+        x_TH, weights_TK, idx_TK, up_EHN, down_EIH, up_bias_EN, down_bias_EH, *factors, activation, fp8,
+        num_rows,
+    )[0]  # fmt: skip
 
 
 # Defined by hand rather than by torch.library.custom_op, whose checks cost the host 0.1 ms a call.
@@ -86,15 +89,16 @@ def run_experts(
     down_a_EIr: Tensor | None,
     down_b_ErH: Tensor | None,
     activation: str,
+    fp8: bool,
     num_rows: int | None,
 ) -> tuple[Tensor, ...]:
     """The output, and for backward: the pre-activation without its bias, and the routing."""
     routing = sort_by_expert(idx_TK, up_EHN.shape[0], num_rows)
     rows_RH = gather_rows(x_TH, routing.slot_R, idx_TK.shape[1], routing.ends_E, up_EHN.dtype)
-    hidden_RN = project(rows_RH, up_EHN, up_a_EHr, up_b_ErN, routing.ends_E)
+    hidden_RN = project(rows_RH, up_EHN, up_a_EHr, up_b_ErN, routing.ends_E, fp8)
     del rows_RH
     act_RI = activate(function_named(activation), hidden_RN, up_bias_EN, routing)
-    y_RH = project(act_RI, down_EIH, down_a_EIr, down_b_ErH, routing.ends_E)
+    y_RH = project(act_RI, down_EIH, down_a_EIr, down_b_ErH, routing.ends_E, fp8)
     out_TH = sum_rows(y_RH, routing.row_TK, weights_TK, x_TH.dtype, down_bias_EH, idx_TK)
     return out_TH, hidden_RN, *routing
 
@@ -113,6 +117,7 @@ def _(
     down_a_EIr: Tensor | None,
     down_b_ErH: Tensor | None,
     activation: str,
+    fp8: bool,
     num_rows: int | None,
 ) -> tuple[Tensor, ...]:
     return empty_outputs(x_TH, idx_TK, up_EHN.shape[0], up_EHN.shape[2], up_EHN.dtype, num_rows)
@@ -132,6 +137,7 @@ def run_experts_backward(
     down_a_EIr: Tensor | None,
     down_b_ErH: Tensor | None,
     activation: str,
+    fp8: bool,
     hidden_RN: Tensor,
     routing: list[Tensor],
     needs: list[bool],
@@ -145,7 +151,7 @@ def run_experts_backward(
 
     grad_RH = gather_rows(grad_TH, route.slot_R, top_k, route.ends_E, down_EIH.dtype)
     # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
-    grad_act_RI = project(grad_RH, *_transposed(down_EIH, down_b_ErH, down_a_EIr), route.ends_E)
+    grad_act_RI = project(grad_RH, *_transposed(down_EIH, down_b_ErH, down_a_EIr), route.ends_E, fp8)
     through = activation_gradients(function_named(activation), hidden_RN, up_bias_EN, route, grad_act_RI, weights_TK)
     del grad_act_RI
     if need_weights:
@@ -164,7 +170,7 @@ def run_experts_backward(
     if need_up_bias:
         grads[4] = bias_grad(through.hidden_RN, route.ends_E)
     if need_x:
-        grad_rows_RH = project(through.hidden_RN, *_transposed(up_EHN, up_b_ErN, up_a_EHr), route.ends_E)
+        grad_rows_RH = project(through.hidden_RN, *_transposed(up_EHN, up_b_ErN, up_a_EHr), route.ends_E, fp8)
         grads[0] = sum_rows(grad_rows_RH, route.row_TK, None, x_TH.dtype)
         del grad_rows_RH
     if need_up or need_up_lora:
@@ -193,6 +199,7 @@ def _(
     down_a_EIr: Tensor | None,
     down_b_ErH: Tensor | None,
     activation: str,
+    fp8: bool,
     hidden_RN: Tensor,
     routing: list[Tensor],
     needs: list[bool],

@@ -85,7 +85,7 @@ def dequantized(packed_EP: Tensor, inner: Sequence[int], transposed: bool, dtype
 def _forward(x_TH: Tensor, weights_TK: Tensor, idx_TK: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     up_EP, down_EP, *others, activation, up_inner, down_inner, transposed, dtype, num_rows = rest
     weights = _both(up_EP, down_EP, up_inner, down_inner, transposed, dtype)
-    arguments = (x_TH, weights_TK, idx_TK, *weights, *others, activation, num_rows)
+    arguments = (x_TH, weights_TK, idx_TK, *weights, *others, activation, False, num_rows)
     return run_experts(*arguments)
 
 
@@ -94,7 +94,7 @@ def _gradients(grad_TH: Tensor, x_TH: Tensor, weights_TK: Tensor, idx_TK: Tensor
     up_EP, down_EP, *others, activation, up_inner, down_inner, transposed, dtype, hidden_RN, routing, needs = rest
     weights = _both(up_EP, down_EP, up_inner, down_inner, transposed, dtype)
     inputs = (x_TH, weights_TK, idx_TK, *weights, *others)
-    arguments = (grad_TH, *inputs, activation, hidden_RN, routing, needs)
+    arguments = (grad_TH, *inputs, activation, False, hidden_RN, routing, needs)
     return run_experts_backward(*arguments)
 
 

@@ -38,10 +38,12 @@ def low_rank(parts: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) 
     return LowRank(a_ErA.to(dtype).contiguous().transpose(1, 2), b_ErB.to(dtype).contiguous())
 
 
-def project(rows_RA: Tensor, weight_EAB: Tensor, a_EAr: Tensor | None, b_ErB: Tensor | None, ends_E: Tensor) -> Tensor:
+def project(
+    rows_RA: Tensor, weight_EAB: Tensor, a_EAr: Tensor | None, b_ErB: Tensor | None, ends_E: Tensor, fp8: bool
+) -> Tensor:
     """`rows @ (weight + a @ b)` of each row's expert, `[R, B]`; the input gradient too, from the transposed factors in
-    the other order."""
-    out_RB = grouped_mm(rows_RA, weight_EAB, ends_E)
+    the other order. `fp8` is for the weight; the adapter keeps its dtype."""
+    out_RB = grouped_mm(rows_RA, weight_EAB, ends_E, fp8)
     if a_EAr is None or b_ErB is None:
         return out_RB
     return out_RB.add_(grouped_mm(grouped_mm(rows_RA, a_EAr, ends_E), b_ErB, ends_E))

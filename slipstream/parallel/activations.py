@@ -21,7 +21,7 @@ _KEPT = {
     *("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_flash_attention_forward"),
     *("aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention"),
     *("aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
-    "slipstream::causal_attention",
+    *("slipstream::causal_attention", "slipstream::mm_fp8"),
 }
 
 

@@ -43,6 +43,8 @@ def compare(path: Path) -> list[Comparison]:
         return []
     known = {field.name for field in dataclasses.fields(Options)}
     options = Options(**{key: value for key, value in record["options"].items() if key in known})
+    if options.fp8:
+        return []  # the plan knows 16 bits only
     model = describe_model(options.model, options.config(), options.seq_len, options.packed)
     if options.lora is not None:
         adapters = LoraSection.model_validate({"r": options.lora, "target_parameters": ALL_EXPERTS})

@@ -7,6 +7,7 @@ from slipstream.bench.layer import bench_layer
 from slipstream.bench.loss import bench_loss, shape_of
 from slipstream.bench.optimizer import bench_optimizer
 from slipstream.bench.timing import copy_bandwidth, time_ms
+from slipstream.moe import grouped_mm
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,22 @@ def test_layer_contenders_run_different_code(monkeypatch: pytest.MonkeyPatch) ->
     )
     bench_layer("qwen3-30b-a3b", [16], CPU, tiny=True, iterations=1)
     assert chosen[:2] == ["slipstream", "grouped_mm"]
+
+
+def test_a_layer_in_fp8_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [row["contender"] for row in bench_layer("qwen3-30b-a3b", [16], CPU, tiny=True, iterations=1)]
+    assert "slipstream fp8" not in names
+    monkeypatch.setattr("slipstream.fp8.obstacle", lambda device: None)
+    calls, original = [], grouped_mm.grouped_mm_fp8
+    monkeypatch.setattr(grouped_mm, "grouped_mm_fp8", lambda *given: calls.append(None) or original(*given))
+    row = bench_layer("qwen3-30b-a3b", [16], CPU, tiny=True, iterations=1)[3]
+    assert (row["contender"], row["ms"]["forward_backward"]["min"] > 0, len(calls) > 4) == (
+        "slipstream fp8",
+        True,
+        True,
+    )
+    rows = bench_layer("qwen3-30b-a3b", [16], CPU, dtype=torch.float32, tiny=True, iterations=1)
+    assert "slipstream fp8" not in [row["contender"] for row in rows]
 
 
 def test_liger_runs_where_its_layout_fits() -> None:

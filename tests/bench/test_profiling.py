@@ -53,6 +53,7 @@ def test_summary_of_a_trace() -> None:
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "collectives"),
         ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NTT", "other GEMM"),
         ("void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda>", "copies"),
+        ("_quantize_columns_kernel", "quantisation"),
         ("Memset (Device)", "copies"),
         ("void at::native::vectorized_gather_kernel<16, long>", "gather, scatter, sort"),
         ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float>", "loss"),

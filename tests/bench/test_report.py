@@ -116,6 +116,11 @@ def test_files_and_table_say_the_same(tmp_path: Path) -> None:
     widths = [float(bar.get("width", "0")) for bar in bars]
     assert sum(widths[3:]) / sum(widths[:3]) == pytest.approx(20.5 / 36, rel=0.01)
 
+    in_fp8 = {**found, "options": {**found["options"], "backend": {"experts": "fp8", "attn": "sdpa"}}}
+    apart = write_results(in_fp8, tmp_path / "results")
+    assert apart[0].stem == paths[0].stem + "-experts-fp8"
+    assert "our experts in FP8, 1 x 4096 tokens" in apart[0].read_text().splitlines()[0]
+
     again = write_results(found, tmp_path / "results")
     assert again[0].stem == paths[0].stem + "-2"
 

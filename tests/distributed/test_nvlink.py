@@ -19,10 +19,11 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
-from slipstream import AutoModelForCausalLM
+from slipstream import AutoModelForCausalLM, fp8, kernels
 from slipstream.adapters import all_experts
 from slipstream.compilation import compile_layers
 from slipstream.kernels.expert_activation import Activation
+from slipstream.moe import grouped_mm
 from slipstream.moe.activation import register
 from slipstream.moe.dispatch import NvlinkDispatcher, nvlink_experts, peers
 from slipstream.moe.reference import experts_reference
@@ -276,7 +277,7 @@ def test_dispatches_need_their_combines() -> None:
     assert all("a dispatch needs its combine" in heard for heard in run(_out_of_turn, 2, None))
 
 
-def _train(dispatcher: str, compiled: bool, adapted: bool = False) -> tuple[list[float], int]:
+def _train(dispatcher: str, compiled: bool, adapted: bool = False, experts: str = "auto") -> tuple[list[float], int]:
     """Losses of a tiny model over two steps, and how many graphs its layers had, or -1 if one of them broke."""
     torch.manual_seed(0)
     torch._dynamo.utils.counters.clear()
@@ -284,8 +285,10 @@ def _train(dispatcher: str, compiled: bool, adapted: bool = False) -> tuple[list
         torch.cuda.set_device(dist.get_rank())
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(
-            tiny_config("qwen3_moe", num_hidden_layers=2), backend={"dispatcher": dispatcher, "compile": "none"},
+            tiny_config("qwen3_moe", num_hidden_layers=2),
+            backend={"dispatcher": dispatcher, "compile": "none", "experts": experts},
             distributed_setup={"ep_size": dist.get_world_size()},
+            dtype=torch.bfloat16 if experts == "fp8" else torch.float32,
         )  # fmt: skip
     if adapted:
         lora = LoraConfig(r=4, target_modules=[], target_parameters=all_experts(model), init_lora_weights=False)
@@ -313,3 +316,28 @@ def test_a_model_trains_as_with_all_to_all() -> None:
     for (losses, graphs), (wanted, _) in zip(found, expected, strict=True):
         assert losses == pytest.approx(wanted, rel=1e-4)
         assert graphs == 1, "the compiled layers share one graph, which contains the exchange"
+
+
+def _train_in_fp8(dispatcher: str) -> tuple[list[float], int]:
+    """Losses, and how many GEMMs were in FP8."""
+    fp8.obstacle = lambda device: None
+    if INTERPRETED:
+        kernels.fp8.DTYPE = torch.float32  # the interpreter cannot cast to e4m3: see tests/kernels/test_fp8.py
+    calls, original = [], grouped_mm.grouped_mm_fp8
+
+    def counted(*operands: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        return original(*operands)
+
+    grouped_mm.grouped_mm_fp8 = counted
+    losses, _ = _train(dispatcher, compiled=False, experts="fp8")
+    return losses, len(calls)
+
+
+@runnable
+@pytest.mark.skipif(gpus > 1 and torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper GPUs")
+def test_a_model_trains_in_fp8_as_with_all_to_all() -> None:
+    expected, found = (run(_train_in_fp8, 2, name) for name in ("all_to_all", "nvlink"))
+    for (losses, calls), (wanted, others) in zip(found, expected, strict=True):
+        assert losses == pytest.approx(wanted, rel=1e-2)
+        assert calls == others == 16, "two GEMMs forward and two back, in two layers, at two steps"

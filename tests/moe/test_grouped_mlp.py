@@ -216,7 +216,7 @@ def test_what_the_compiler_is_told_is_true(frozen, biased, transposed) -> None:
     name = register(function.__name__, FUSED[function])
     tensors = [inputs.get(key) for key in ("x_TH", "weights_TK", "up_EHN", "down_EIH", "up_bias_EN", "down_bias_EH")]
     no_adapters = [None] * 4
-    arguments = (*tensors[:2], idx, *tensors[2:], *no_adapters, name)
+    arguments = (*tensors[:2], idx, *tensors[2:], *no_adapters, name, False)
     out = torch.ops.slipstream.experts(*arguments, None)
     needs = [tensor is not None and not (frozen and tensor.shape[0] == 8) for tensor in (*tensors, *no_adapters)]
     backward = (torch.randn_like(inputs["x_TH"]), *arguments, out[1], list(out[2:]), needs)

@@ -110,7 +110,7 @@ def test_what_the_compiler_is_told_is_true(frozen) -> None:
         experts, wide, out = weight.shape
         parts = [(torch.randn(experts, RANK, wide), torch.randn(out, RANK, experts), 1.0)]
         factors += [*low_rank(parts, torch.bfloat16)]
-    arguments = (inputs["x_TH"], inputs["weights_TK"], idx, up, down, None, None, *factors, name)
+    arguments = (inputs["x_TH"], inputs["weights_TK"], idx, up, down, None, None, *factors, name, False)
     out = torch.ops.slipstream.experts(*arguments, None)
     needs = [True, True, not frozen, not frozen, False, False, *[True] * 4]
     backward = (torch.randn_like(inputs["x_TH"]), *arguments, out[1], list(out[2:]), needs)

@@ -58,6 +58,14 @@ def test_what_is_no_step_of_ours(tmp_path: Path) -> None:
     assert compare(other) == []
 
 
+def test_what_ran_in_fp8_is_not_held_against_a_plan_of_16_bits(tmp_path: Path) -> None:
+    path = next(path for path in sorted(RESULTS.glob("*.json")) if compare(path))
+    record = json.loads(path.read_text())
+    record["options"]["backend"] = {"experts": "fp8"}
+    (tmp_path / "fp8.json").write_text(json.dumps(record))
+    assert compare(tmp_path / "fp8.json") == []
+
+
 def test_a_run_with_experts_in_4_bits_is_planned_as_one(tmp_path: Path) -> None:
     """A record of its own making: the weights of 128 x 8 experts become smaller, and nothing else does but time."""
     settings = {"compile": "layers", "loss": "fused", "dispatcher": "local"}

@@ -231,7 +231,7 @@ def test_schema_names_every_key_and_choice() -> None:
     assert keys["strategy"] == {"enum": ["fsdp2", "ddp"], "default": "fsdp2"}
     assert keys["ep_size"]["type"] == "integer"
     backend = schema["$defs"]["ModelSection"]["properties"]["backend"]["properties"]
-    assert backend["experts"] == {"enum": ["auto", "slipstream", "transformers"]}
+    assert backend["experts"] == {"enum": ["auto", "slipstream", "fp8", "transformers"]}
     assert {"$ref": "#/$defs/LoraSection"} in schema["properties"]["lora"]["anyOf"]
 
 

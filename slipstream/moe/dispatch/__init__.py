@@ -22,7 +22,7 @@ from slipstream.moe.dispatch.local import LocalDispatcher
 from slipstream.moe.dispatch.nvlink import NvlinkDispatcher
 from slipstream.moe.dispatch.nvlink_experts import nvlink_experts
 from slipstream.moe.dispatch.peers import NoPeerAccessError, obstacle, peers_of
-from slipstream.moe.experts import ADAPTERS, experts_forward, is_fused, projections
+from slipstream.moe.experts import ADAPTERS, experts_forward, is_balanced, is_fp8, is_fused, projections
 from slipstream.moe.packed import is_packed
 from slipstream.moe.routing import balanced_index
 
@@ -78,7 +78,7 @@ class _Exchange(hf.Exchange):
     @torch.compiler.disable  # collectives with sizes that only the host knows: a compiled layer stops here and goes on
     def __call__(self, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         implementation = hf.experts_implementation(self.experts)
-        if implementation == "slipstream_balanced":
+        if is_balanced(implementation):
             # Here, because a uniform choice among the experts of one rank is not one among all.
             idx_TK = balanced_index(idx_TK, self.dispatcher.num_local_experts * self.ep_mesh.size())
         divisor = getattr(self.experts, GRADIENT_DIVISOR, 1)
@@ -88,7 +88,7 @@ class _Exchange(hf.Exchange):
         sent = self.dispatcher.dispatch(x_TH, idx_TK, weights_TK)
         rows = sent.rows_RH, sent.idx_RK, sent.weights_RK
         if implementation.startswith("slipstream"):
-            rows_RH = experts_forward(self.experts, *rows, num_rows=sent.num_slots or None)
+            rows_RH = experts_forward(self.experts, *rows, num_rows=sent.num_slots or None, fp8=is_fp8(implementation))
         else:
             rows_RH = self.experts_forward(*rows)
         out_TH = self.dispatcher.combine(rows_RH, sent)
@@ -157,11 +157,11 @@ class NvlinkExchange(_Exchange):
         if self.peers is None or not fits:
             return super().__call__(x_TH, idx_TK, weights_TK)
         up, down, up_bias, down_bias = projections(self.experts)
-        if implementation == "slipstream_balanced":
+        if is_balanced(implementation):
             idx_TK = balanced_index(idx_TK, up.shape[0] * self.ep_mesh.size())
         return nvlink_experts(
             x_TH, weights_TK, idx_TK, up, down, activation_name(self.experts) or "", up_bias, down_bias,
-            peers=self.peers, divisor=float(getattr(self.experts, GRADIENT_DIVISOR, 1)),
+            peers=self.peers, divisor=float(getattr(self.experts, GRADIENT_DIVISOR, 1)), fp8=is_fp8(implementation),
         )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ WORST_CASE_BYTES = 256 * 2**20
 
 _INPUTS = (
     "Tensor weights_TK, Tensor idx_TK, Tensor up_EHW, Tensor down_EIH, Tensor? up_bias_EW, Tensor? down_bias_EH, "
-    "str activation, str peers, float divisor"
+    "str activation, bool fp8, str peers, float divisor"
 )
 torch.library.define(
     "slipstream::experts_nvlink",
@@ -64,6 +64,7 @@ def nvlink_experts(
     *,
     peers: str,
     divisor: float = 1.0,
+    fp8: bool = False,
 ) -> Tensor:
     """`grouped_mlp` over all experts of a group, of which the weights here are this rank's.
 
@@ -71,9 +72,10 @@ def nvlink_experts(
         idx_TK: int64 experts of all ranks.
         peers: the name of the group's `Peers`.
         divisor: what the gradients of the weights here, sums over the tokens of all ranks, are divided by.
+        fp8: as in `grouped_mlp`.
     """
     return torch.ops.slipstream.experts_nvlink(
-        x_TH, weights_TK, idx_TK, up_EHW, down_EIH, up_bias_EW, down_bias_EH, activation, peers, divisor
+        x_TH, weights_TK, idx_TK, up_EHW, down_EIH, up_bias_EW, down_bias_EH, activation, fp8, peers, divisor
     )[0]
 
 
@@ -87,6 +89,7 @@ def _experts(
     up_bias_EW: Tensor | None,
     down_bias_EH: Tensor | None,
     activation: str,
+    fp8: bool,
     peers: str,
     divisor: float,
 ) -> tuple[Tensor, ...]:
@@ -108,10 +111,10 @@ def _experts(
 
     routing = sort_by_expert(idx_NK, experts, _num_rows(sum(counts) * top_k, idx_NK, up_EHW))
     rows_RH = gather_rows(rows_NH, routing.slot_R, top_k, routing.ends_E, up_EHW.dtype)
-    hidden_RW = grouped_mm(rows_RH, up_EHW, routing.ends_E)
+    hidden_RW = grouped_mm(rows_RH, up_EHW, routing.ends_E, fp8)
     del rows_RH
     act_RI = activate(function_named(activation), hidden_RW, up_bias_EW, routing)
-    y_RH = grouped_mm(act_RI, down_EIH, routing.ends_E)
+    y_RH = grouped_mm(act_RI, down_EIH, routing.ends_E, fp8)
     out_TH = torch.empty_like(x_TH)
     mine.enter("combine")
     combine_rows(
@@ -139,6 +142,7 @@ def _(
     up_bias_EW: Tensor | None,
     down_bias_EH: Tensor | None,
     activation: str,
+    fp8: bool,
     peers: str,
     divisor: float,
 ) -> tuple[Tensor, ...]:
@@ -168,6 +172,7 @@ def _experts_backward(
     up_bias_EW: Tensor | None,
     down_bias_EH: Tensor | None,
     activation: str,
+    fp8: bool,
     peers: str,
     divisor: float,
     saved: list[Tensor],
@@ -186,7 +191,7 @@ def _experts_backward(
     dispatch_rows(mine.window, at, grad_TH, idx_TK, grad_NH, experts, scale=1 / divisor)
     grad_RH = gather_rows(grad_NH, route.slot_R, top_k, route.ends_E, down_EIH.dtype)
     # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
-    grad_act_RI = grouped_mm(grad_RH, down_EIH.transpose(1, 2), route.ends_E)
+    grad_act_RI = grouped_mm(grad_RH, down_EIH.transpose(1, 2), route.ends_E, fp8)
     through = activation_gradients(function_named(activation), hidden_RW, up_bias_EW, route, grad_act_RI, weights_NK)
     del grad_act_RI
     grads_NK = through.weights_TK
@@ -200,7 +205,9 @@ def _experts_backward(
 
     grad_x_TH = torch.empty_like(grad_TH) if need_x or need_weights else None
     grad_weights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format) if need_weights else None
-    grad_rows_RH = None if grad_x_TH is None else grouped_mm(through.hidden_RN, up_EHW.transpose(1, 2), route.ends_E)
+    grad_rows_RH = None
+    if grad_x_TH is not None:
+        grad_rows_RH = grouped_mm(through.hidden_RN, up_EHW.transpose(1, 2), route.ends_E, fp8)
 
     return_rows = partial(
         combine_rows, mine.window, at, idx_TK, experts, rows_RH=grad_rows_RH, row_NS=route.row_TK, out_TH=grad_x_TH,
@@ -235,6 +242,7 @@ def _(
     up_bias_EW: Tensor | None,
     down_bias_EH: Tensor | None,
     activation: str,
+    fp8: bool,
     peers: str,
     divisor: float,
     saved: list[Tensor],
@@ -244,7 +252,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *tensors, ctx.activation, ctx.peers, ctx.divisor = inputs
+    _, *tensors, ctx.activation, ctx.fp8, ctx.peers, ctx.divisor = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
@@ -253,7 +261,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     weights, idx, up, down, up_bias, down_bias, *saved = ctx.saved_tensors
-    inputs = (weights, idx, up, down, up_bias, down_bias, ctx.activation, ctx.peers, ctx.divisor)
+    inputs = (weights, idx, up, down, up_bias, down_bias, ctx.activation, ctx.fp8, ctx.peers, ctx.divisor)
 
     def gradients(needs: list[bool]) -> list[Tensor]:
         found: list[Tensor] = torch.ops.slipstream.experts_nvlink_backward(grad_TH, *inputs, saved, needs)
