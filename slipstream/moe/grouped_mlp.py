@@ -95,10 +95,10 @@ def run_experts(
     """The output, and for backward: the pre-activation without its bias, and the routing."""
     routing = sort_by_expert(idx_TK, up_EHN.shape[0], num_rows)
     rows_RH = gather_rows(x_TH, routing.slot_R, idx_TK.shape[1], routing.ends_E, up_EHN.dtype)
-    hidden_RN = project(rows_RH, up_EHN, up_a_EHr, up_b_ErN, routing.ends_E, fp8)
+    hidden_RN, _ = project(rows_RH, up_EHN, up_a_EHr, up_b_ErN, routing.ends_E, fp8)
     del rows_RH
     act_RI = activate(function_named(activation), hidden_RN, up_bias_EN, routing)
-    y_RH = project(act_RI, down_EIH, down_a_EIr, down_b_ErH, routing.ends_E, fp8)
+    y_RH, _ = project(act_RI, down_EIH, down_a_EIr, down_b_ErH, routing.ends_E, fp8)
     out_TH = sum_rows(y_RH, routing.row_TK, weights_TK, x_TH.dtype, down_bias_EH, idx_TK)
     return out_TH, hidden_RN, *routing
 
@@ -151,7 +151,7 @@ def run_experts_backward(
 
     grad_RH = gather_rows(grad_TH, route.slot_R, top_k, route.ends_E, down_EIH.dtype)
     # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
-    grad_act_RI = project(grad_RH, *_transposed(down_EIH, down_b_ErH, down_a_EIr), route.ends_E, fp8)
+    grad_act_RI, low_grad_Rr = project(grad_RH, *_transposed(down_EIH, down_b_ErH, down_a_EIr), route.ends_E, fp8)
     through = activation_gradients(function_named(activation), hidden_RN, up_bias_EN, route, grad_act_RI, weights_TK)
     del grad_act_RI
     if need_weights:
@@ -163,14 +163,19 @@ def run_experts_backward(
     if need_down_lora:
         assert down_a_EIr is not None
         assert down_b_ErH is not None
-        grads[8], grads[9] = factor_grads(through.weighted_RI, grad_RH, down_a_EIr, down_b_ErH, route.ends_E)
+        grads[8], grads[9] = factor_grads(
+            through.weighted_RI, grad_RH, low_grad_Rr, down_a_EIr, down_b_ErH, route.ends_E
+        )
     del grad_RH
     if need_down_bias:
         grads[5] = weights_by_expert(weights_TK, idx_TK, down_EIH).t() @ grad_TH.to(down_EIH.dtype)
     if need_up_bias:
         grads[4] = bias_grad(through.hidden_RN, route.ends_E)
+    low_hidden_Rr = None
     if need_x:
-        grad_rows_RH = project(through.hidden_RN, *_transposed(up_EHN, up_b_ErN, up_a_EHr), route.ends_E, fp8)
+        grad_rows_RH, low_hidden_Rr = project(
+            through.hidden_RN, *_transposed(up_EHN, up_b_ErN, up_a_EHr), route.ends_E, fp8
+        )
         grads[0] = sum_rows(grad_rows_RH, route.row_TK, None, x_TH.dtype)
         del grad_rows_RH
     if need_up or need_up_lora:
@@ -180,7 +185,9 @@ def run_experts_backward(
         if need_up_lora:
             assert up_a_EHr is not None
             assert up_b_ErN is not None
-            grads[6], grads[7] = factor_grads(rows_RH, through.hidden_RN, up_a_EHr, up_b_ErN, route.ends_E)
+            grads[6], grads[7] = factor_grads(
+                rows_RH, through.hidden_RN, low_hidden_Rr, up_a_EHr, up_b_ErN, route.ends_E
+            )
     return [grads[position] for position, need in enumerate(needs) if need]
 
 

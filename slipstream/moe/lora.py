@@ -40,19 +40,26 @@ def low_rank(parts: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) 
 
 def project(
     rows_RA: Tensor, weight_EAB: Tensor, a_EAr: Tensor | None, b_ErB: Tensor | None, ends_E: Tensor, fp8: bool
-) -> Tensor:
-    """`rows @ (weight + a @ b)` of each row's expert, `[R, B]`; the input gradient too, from the transposed factors in
-    the other order. `fp8` is for the weight; the adapter keeps its dtype."""
+) -> tuple[Tensor, Tensor | None]:
+    """`rows @ (weight + a @ b)` of each row's expert, `[R, B]`, and `rows @ a`, `[R, r]`. `fp8` is for the weight; the
+    adapter keeps its dtype.
+
+    The input gradient too, from both factors transposed and swapped: then the second is what `factor_grads` takes.
+    """
     out_RB = grouped_mm(rows_RA, weight_EAB, ends_E, fp8)
     if a_EAr is None or b_ErB is None:
-        return out_RB
-    return out_RB.add_(grouped_mm(grouped_mm(rows_RA, a_EAr, ends_E), b_ErB, ends_E))
+        return out_RB, None
+    low_Rr = grouped_mm(rows_RA, a_EAr, ends_E)
+    return out_RB.add_(grouped_mm(low_Rr, b_ErB, ends_E)), low_Rr
 
 
 def factor_grads(
-    rows_RA: Tensor, grads_RB: Tensor, a_EAr: Tensor, b_ErB: Tensor, ends_E: Tensor
+    rows_RA: Tensor, grads_RB: Tensor, low_grads_Rr: Tensor | None, a_EAr: Tensor, b_ErB: Tensor, ends_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of both factors, from a projection's input rows and its output's gradients."""
-    grad_a = weight_grad(rows_RA, grouped_mm(grads_RB, b_ErB.transpose(1, 2), ends_E), ends_E, a_EAr)
+    """The gradients of both factors, from a projection's input rows and its output's gradients; `low_grads_Rr` are
+    these times `b`, where they are known."""
+    if low_grads_Rr is None:
+        low_grads_Rr = grouped_mm(grads_RB, b_ErB.transpose(1, 2), ends_E)
+    grad_a = weight_grad(rows_RA, low_grads_Rr, ends_E, a_EAr)
     grad_b = weight_grad(grouped_mm(rows_RA, a_EAr, ends_E), grads_RB, ends_E, b_ErB)
     return grad_a, grad_b
