@@ -46,6 +46,7 @@ def finetune(
         sys.exit(start_ranks(nproc, ["finetune", recipe, *(overrides or ()), *["--overwrite"] * overwrite]))
 
     import datasets
+    import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.errors import record
     from transformers.utils import logging
 
@@ -67,6 +68,8 @@ def finetune(
             sys.exit(EXIT_REQUEUE)
 
     recorded()
+    if dist.is_initialized():
+        dist.destroy_process_group()  # else NCCL warns of a leak
     if gpus is not None:
         from slipstream.cli.plan import verdict
         from slipstream.planning.gpus import parse_gpus
