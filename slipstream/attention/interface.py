@@ -185,7 +185,10 @@ def why(model: PreTrainedModel) -> str:
     """What `model` runs, for `describe`."""
     if has_sinks(model):
         return "FlashAttention-2 and cuDNN kernels, with the sinks worked into their softmax"
-    return "PyTorch picks the kernel for plain rows, cuDNN first on Hopper; FlashAttention-2 for documents and windows"
+    return (
+        "PyTorch picks the kernel for plain rows, cuDNN first on Hopper; "
+        "FlashAttention-2 for documents of unequal length and windows"
+    )
 
 
 def install(model: PreTrainedModel) -> None:
