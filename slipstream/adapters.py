@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from slipstream import hf, shared_adapters
+from slipstream import hf, linear_adapters, shared_adapters
 from slipstream.checkpoint.export import Team
 from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR
 from slipstream.moe.experts import ADAPTERS, projection_names
@@ -39,13 +39,15 @@ _NOT_FOR_PARAMETERS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": Fals
 
 
 def install(model: nn.Module) -> None:
-    """Let PEFT's adapters use Slipstream's experts: those that `model` has, and later ones, also if PEFT is not
-    imported yet."""
+    """Let PEFT's adapters use Slipstream's experts, and linear layers' dtype: those that `model` has, and later ones,
+    also if PEFT is not imported yet."""
+    linear_adapters.mark(model)
     if "peft" in sys.modules:
         _patch()
         for module in model.modules():
             if hasattr(module, "lora_A") and hasattr(module, "parameter_name"):
                 _attach(module)
+            linear_adapters.attach(module)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
@@ -117,6 +119,7 @@ def _patch() -> None:
     model.__init__ = _keeping_equal(model.__init__)
     model.add_adapter = _keeping_equal(model.add_adapter)
     model.save_pretrained = _save_pretrained(model.save_pretrained)
+    linear_adapters.patch()
     shared_adapters.patch()
 
 

@@ -13,6 +13,7 @@ import slipstream
 from slipstream import AutoModelForCausalLM, fp8, hf
 from slipstream.compilation import compile_layers
 from slipstream.kernels.fp8 import quantize_columns, quantize_rows
+from slipstream.linear_adapters import AdapterLinear
 from slipstream.linear_fp8 import FP8Linear
 from tests.moe.test_fp8 import ONE_GEMM, error, hopper
 from tests.tiny_models import sgd_losses, tiny_batch, tiny_config, tiny_model
@@ -116,7 +117,7 @@ def test_adapters_stay_in_16_bits() -> None:
     model = get_peft_model(loaded(backend={"linear": "fp8"}), LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
     parts = {name: type(module) for name, module in model.named_modules()}
     assert parts["base_model.model.model.layers.0.self_attn.q_proj.base_layer"] is FP8Linear
-    assert parts["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default"] is nn.Linear
+    assert parts["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default"] is AdapterLinear
     losses = sgd_losses(model, [tiny_batch()] * 4)
     assert losses[-1] < losses[0]
     late = get_peft_model(tiny_model("llama", None), LoraConfig(r=4, target_modules=["q_proj"]))

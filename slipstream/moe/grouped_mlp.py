@@ -95,10 +95,10 @@ def run_experts(
     """The output, and for backward: the pre-activation without its bias, and the routing."""
     routing = sort_by_expert(idx_TK, up_EHN.shape[0], num_rows)
     rows_RH = gather_rows(x_TH, routing.slot_R, idx_TK.shape[1], routing.ends_E, up_EHN.dtype)
-    hidden_RN, _ = project(rows_RH, up_EHN, up_a_EHr, up_b_ErN, routing.ends_E, fp8)
+    hidden_RN, _ = project(rows_RH, up_EHN, up_a_EHr, up_b_ErN, routing, fp8)
     del rows_RH
     act_RI = activate(function_named(activation), hidden_RN, up_bias_EN, routing)
-    y_RH, _ = project(act_RI, down_EIH, down_a_EIr, down_b_ErH, routing.ends_E, fp8)
+    y_RH, _ = project(act_RI, down_EIH, down_a_EIr, down_b_ErH, routing, fp8)
     out_TH = sum_rows(y_RH, routing.row_TK, weights_TK, x_TH.dtype, down_bias_EH, idx_TK)
     return out_TH, hidden_RN, *routing
 
@@ -151,7 +151,7 @@ def run_experts_backward(
 
     grad_RH = gather_rows(grad_TH, route.slot_R, top_k, route.ends_E, down_EIH.dtype)
     # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
-    grad_act_RI, low_grad_Rr = project(grad_RH, *_transposed(down_EIH, down_b_ErH, down_a_EIr), route.ends_E, fp8)
+    grad_act_RI, low_grad_Rr = project(grad_RH, *_transposed(down_EIH, down_b_ErH, down_a_EIr), route, fp8)
     through = activation_gradients(function_named(activation), hidden_RN, up_bias_EN, route, grad_act_RI, weights_TK)
     del grad_act_RI
     if need_weights:
@@ -173,9 +173,7 @@ def run_experts_backward(
         grads[4] = bias_grad(through.hidden_RN, route.ends_E)
     low_hidden_Rr = None
     if need_x:
-        grad_rows_RH, low_hidden_Rr = project(
-            through.hidden_RN, *_transposed(up_EHN, up_b_ErN, up_a_EHr), route.ends_E, fp8
-        )
+        grad_rows_RH, low_hidden_Rr = project(through.hidden_RN, *_transposed(up_EHN, up_b_ErN, up_a_EHr), route, fp8)
         grads[0] = sum_rows(grad_rows_RH, route.row_TK, None, x_TH.dtype)
         del grad_rows_RH
     if need_up or need_up_lora:

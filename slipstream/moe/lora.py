@@ -1,5 +1,5 @@
 """Low-rank adapters on the experts' projections (LoRA: Hu et al. 2021, arXiv 2106.09685), as grouped GEMMs over rows
-of rank r. `W + A @ B` of an expert never exists.
+of rank r and a pass that adds their product. `W + A @ B` of an expert never exists.
 
 Dims: R rows sorted by expert, E experts, A and B the widths of a projection, r rank.
 """
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slipstream.kernels.add_low_rank import add_low_rank_
 from slipstream.moe.grouped_mm import grouped_mm, weight_grad
+from slipstream.moe.routing import Routing
 
 _MULTIPLE = 8  # of which the rank has to be, so that rows of bf16 are 16 bytes wide, as grouped GEMMs want
 
@@ -39,18 +41,18 @@ def low_rank(parts: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype) 
 
 
 def project(
-    rows_RA: Tensor, weight_EAB: Tensor, a_EAr: Tensor | None, b_ErB: Tensor | None, ends_E: Tensor, fp8: bool
+    rows_RA: Tensor, weight_EAB: Tensor, a_EAr: Tensor | None, b_ErB: Tensor | None, routing: Routing, fp8: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`rows @ (weight + a @ b)` of each row's expert, `[R, B]`, and `rows @ a`, `[R, r]`. `fp8` is for the weight; the
     adapter keeps its dtype.
 
     The input gradient too, from both factors transposed and swapped: then the second is what `factor_grads` takes.
     """
-    out_RB = grouped_mm(rows_RA, weight_EAB, ends_E, fp8)
+    out_RB = grouped_mm(rows_RA, weight_EAB, routing.ends_E, fp8)
     if a_EAr is None or b_ErB is None:
         return out_RB, None
-    low_Rr = grouped_mm(rows_RA, a_EAr, ends_E)
-    return out_RB.add_(grouped_mm(low_Rr, b_ErB, ends_E)), low_Rr
+    low_Rr = grouped_mm(rows_RA, a_EAr, routing.ends_E)
+    return add_low_rank_(out_RB, low_Rr, b_ErB, routing.expert_R, routing.ends_E), low_Rr
 
 
 def factor_grads(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import slipstream
@@ -16,6 +17,7 @@ from slipstream.adapters import all_experts
 from slipstream.shared_adapters import share_experts
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_training import compare, full, train
+from tests.test_linear_adapters import PROJECTIONS, adapted, error, layer_of
 from tests.tiny_models import tiny_batch, tiny_model
 
 SETUPS = {
@@ -207,3 +209,36 @@ def test_all_linear(folders: Any) -> None:
     first, second = run_ranks(all_linear, 2, base)
     assert first == second
     assert first[1] == 4 * 2 * (4 + 1 + 2)
+
+
+def in_bf16(base: Path, setup: dict[str, Any] | None, by_hand: bool) -> dict[str, torch.Tensor]:
+    """Gradients of adapters whose projections of attention compute in bf16."""
+    model: Any = slipstream.AutoModelForCausalLM.from_pretrained(base, distributed_setup=setup, dtype=torch.bfloat16)
+    model = adapted(model, target_modules=PROJECTIONS)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if by_hand:
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    factors = (layer_of(model).lora_A["default"], layer_of(model).lora_B["default"])
+    assert all(isinstance(factor.weight, DTensor) == by_hand for factor in factors)
+    seen: list[torch.dtype] = []
+    for factor in factors:
+        factor.register_forward_hook(lambda _, given, out: seen.append(out.dtype))
+    rows = tiny_batch(4, 16)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
+    model(input_ids=rows, labels=rows).loss.backward()
+    assert seen == [torch.bfloat16] * 2
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    return {name: full(grad).clone() for name, grad in grads.items()}
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["ours", "with fully_shard"])
+def test_projections_in_bf16(folders: Any, by_hand: bool) -> None:
+    base, _ = folders("qwen3_moe")
+    expected = in_bf16(base, None, False)
+    first, second = run_ranks(in_bf16, 2, base, None if by_hand else {}, by_hand)
+    assert first.keys() == second.keys() == expected.keys()
+    for name, grad in first.items():
+        assert torch.equal(grad, second[name]), name
+        assert error(grad, expected[name]) < 0.02, name

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from slipstream.kernels.add_low_rank import add_low_rank_, add_low_rank_reference_
 from slipstream.kernels.expert_activation import (
     FUNCTIONS,
     Activation,
@@ -16,7 +17,7 @@ from slipstream.kernels.expert_activation import (
 from slipstream.kernels.gather_rows import gather_rows, gather_rows_reference
 from slipstream.kernels.sort_by_expert import sort_by_expert, sort_by_expert_reference
 from slipstream.kernels.sum_rows import sum_rows, sum_rows_reference
-from tests.kernels.conditions import DEVICE, compiled_or_interpreted
+from tests.kernels.conditions import DEVICE, INTERPRETED, compiled_or_interpreted
 
 pytestmark = compiled_or_interpreted
 
@@ -101,3 +102,48 @@ def test_activation(tokens, inner, biased, activation) -> None:
         got, expected = getattr(gradients, field), getattr(references, field)
         torch.testing.assert_close(got[:here], expected[:here], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients.weights_TK, references.weights_TK, rtol=1e-4, atol=1e-4)
+
+
+# Rows of each expert, and how many belong to none.
+LOADS = {
+    "skewed": ([0, 90, 1, 0, 0, 64, 3, 0], 0),
+    "many in a block": ([1, 2, 0, 3] * 10, 0),
+    "some elsewhere": ([30, 0, 40, 0], 70),
+    "none here": ([0, 0, 0], 9),
+    "no rows": ([0, 0], 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("rank", "width"), [(8, 8), (16, 136), (24, 264), (72, 48), (16, 37)])
+@pytest.mark.parametrize("load", LOADS)
+def test_add_low_rank(load, rank, width, dtype) -> None:
+    counts, elsewhere = LOADS[load]
+    experts, here = len(counts), sum(counts)
+    rows = here + elsewhere
+    ends = torch.tensor(counts, device=DEVICE).cumsum(0, dtype=torch.int32)
+    expert = torch.repeat_interleave(torch.tensor([*counts, elsewhere])).clamp(max=experts - 1).to(DEVICE, torch.int32)
+    out = torch.randn(rows, width, device=DEVICE).to(dtype)
+    low = torch.randn(rows, rank, device=DEVICE).to(dtype)
+    low[here:] = math.nan
+    # In the order in memory that autograd's transposes give, too.
+    b = torch.randn(experts, rank, width, device=DEVICE).to(dtype)
+    got, want = out.clone(), out.clone()
+    assert add_low_rank_(got, low, b.mT.contiguous().mT, expert, ends) is got
+    add_low_rank_reference_(want, low, b, expert, ends)
+    assert torch.equal(got[here:], out[here:])
+    torch.testing.assert_close(got, want)
+    exact = out[:here].double() + torch.einsum("ra,rab->rb", low[:here].double(), b[expert[:here].long()].double())
+    # Rounded once, by half of the last place; the interpreter cuts it off.
+    for result, places in ((want, 0.51), (got, 1.01 if INTERPRETED else 0.51)):
+        torch.testing.assert_close(result[:here].double(), exact, rtol=torch.finfo(dtype).eps * places, atol=1e-4)
+
+
+def test_add_low_rank_into_a_part_of_wider_rows() -> None:
+    wide = torch.randn(70, 32, device=DEVICE)
+    low, b = torch.randn(70, 8, device=DEVICE), torch.randn(1, 8, 24, device=DEVICE)
+    expert, ends = torch.zeros(70, dtype=torch.int32, device=DEVICE), torch.tensor([70], device=DEVICE).int()
+    want = wide.clone()
+    want[:, :24] += low @ b[0]
+    add_low_rank_(wide[:, :24], low, b, expert, ends)
+    torch.testing.assert_close(wide, want)
