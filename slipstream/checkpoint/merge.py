@@ -52,23 +52,26 @@ class Merged:
     adapter_effect: float | None = None
 
 
-def merge(adapter: str, base: str, output: Path, *, verify: bool = False, any_base: bool = False) -> Merged:
+def merge(
+    adapter: str, base: str, output: Path, *, verify: bool = False, any_base: bool = False, overwrite: bool = False
+) -> Merged:
     """Write base plus adapter to `output` as a Hugging Face checkpoint with the base's files, dtypes and config.
 
     Args:
         adapter: folder or hub id of a PEFT LoRA adapter, its tokenizer included where it has one.
         base: folder or hub id of the model that it was trained on, in safetensors.
-        output: a folder without a model.
+        output: the folder to write.
         verify: compare logits on random tokens before anything appears in `output`; loads both models, in turn.
         any_base: also take a base of another name than the adapter records.
+        overwrite: replace a model that `output` holds, once the new one is whole.
 
     Raises:
-        ValueError: adapter and base do not fit, `output` holds a model, the logits differ.
+        ValueError: adapter and base do not fit, `output` must not be replaced, the logits differ.
         OSError: a hub id cannot be had, a file is damaged, or the disk is too small.
     """
     adapter_folder = _folder(adapter, "ADAPTER", ["adapter_*", *TOKENIZER_FILES])
     base_folder = _folder(base, "--into", ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"])
-    check_output_folder(output, base_folder, False, "--output")
+    check_output_folder(output, [base_folder, adapter_folder], overwrite, "--output")
     config = _adapter_config(adapter_folder)
     if not any_base:
         _check_name(config.base_model_name_or_path, base, base_folder)

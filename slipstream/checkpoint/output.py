@@ -1,7 +1,7 @@
 """A folder that is about to hold a model: what must not be written to, and how a model arrives there whole."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,22 +32,23 @@ def holds_model(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in MODEL_FILES)
 
 
-def check_output_folder(output: Path, source: Path, overwrite: bool, name: str) -> None:
+def check_output_folder(output: Path, sources: Sequence[Path], overwrite: bool, name: str) -> None:
     """Refuse, before any work is done, an output folder that must not be written to.
 
     Args:
         output: the folder.
-        source: where the model that the new one is made from is read; it is never replaced.
+        sources: what the new model is made from; it is never replaced.
         overwrite: replace a model that `output` holds.
         name: what the user calls this setting.
 
     Raises:
-        ValueError: `output` is a file, is where `source` lies, or holds a model and `overwrite` is false.
+        ValueError: `output` is a file, is where one of `sources` lies, or holds a model and `overwrite` is false.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{name}: {output} is a file; name a folder")
-    if source.resolve().is_relative_to(output.resolve()):
-        raise ValueError(f"{name}: {output} is where the model comes from ({source}); name another folder")
+    for source in sources:
+        if source.resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"{name}: {output} is where the model comes from ({source}); name another folder")
     if not overwrite and holds_model(output):
         raise ValueError(f"{name}: {output} already holds a model; name another folder or pass --overwrite")
 

@@ -68,7 +68,7 @@ def quantize(source: Path, output: Path, *, overwrite: bool = False) -> Quantize
             not be replaced. Nothing has been written then.
         OSError: a file is missing or damaged, or the disk is too small.
     """
-    check_output_folder(output, source, overwrite, "--output")
+    check_output_folder(output, [source], overwrite, "--output")
     config = _config(source)
     files = files_of(str(source), {})
     experts = {

@@ -122,7 +122,7 @@ def upcycle(
         raise ValueError(f"top_k={top_k} is out of range; with experts={experts} use 1 to {experts}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; use {' or '.join(DTYPES)}")
-    check_output_folder(output, source, overwrite, "output")
+    check_output_folder(output, [source], overwrite, "output")
 
     dense, tokenizer = load_dense(source)
     model = to_mixtral(dense, experts=experts, top_k=top_k, seed=seed)

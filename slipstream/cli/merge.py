@@ -20,17 +20,18 @@ def merge(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Take a base of another name than the adapter records.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that OUTPUT already holds.")] = False,
 ) -> None:
     """Merge an adapter into its base, file by file: a plain checkpoint in the base's own layout, experts included.
 
-    The host holds one of the base's files at a time. A folder that holds a model is never written to.
+    The host holds one of the base's files at a time.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     from slipstream.checkpoint.merge import merge as run
 
     start = time.monotonic()
-    done = run(adapter, into, output, verify=verify, any_base=any_base)
+    done = run(adapter, into, output, verify=verify, any_base=any_base, overwrite=overwrite)
     print(f"merged: {done.changed:,} of {done.tensors:,} tensors changed, in {done.files} files")
     if done.logit_error is not None:
         print(

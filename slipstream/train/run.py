@@ -207,7 +207,7 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
     """
     section = recipe.model
     output, source = Path(recipe.train.output_dir), Path(section.name_or_path or section.config or "")
-    check_output_folder(output, source, overwrite, "train.output_dir")
+    check_output_folder(output, [source], overwrite, "train.output_dir")
     check_sources(recipe.data)
     config, tokenizer, notes = load_config_and_tokenizer(section, stand_in=dry_run)
     recipe = resolve(recipe, config)

@@ -158,7 +158,8 @@ def test_what_is_not_merged(made: tuple[Path, Path], tmp_path: Path) -> None:
     assert "no such folder" in refused(tmp_path / "nowhere", base, out)
     assert "name a folder that PEFT saved" in refused(base, base, out)
     assert "is where the model comes from" in refused(adapter, base, base)
-    assert "already holds a model" in refused(adapter, base, adapter)
+    for overwrite in (False, True):
+        assert "is where the model comes from" in refused(adapter, base, adapter, overwrite=overwrite)
     quantised = tmp_path / "q" / "base"
     quantised.mkdir(parents=True)
     (quantised / "config.json").write_text('{"quantization_config": {}}')
@@ -203,4 +204,7 @@ def test_the_command(made: tuple[Path, Path], tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit) as left:
         main(arguments)
     assert left.value.code == 1
-    assert "already holds a model" in capsys.readouterr().err
+    assert "pass --overwrite" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "--overwrite"])
+    assert left.value.code == 0
