@@ -77,7 +77,7 @@ def _attend(
     out = torch.einsum("bhcij,bcjhp->bcihp", scores, chunked(value_BSHP, chunk).float())
     query = query.repeat_interleave(heads, 3) * edge.permute(0, 2, 3, 1)[..., None]
     out = out + torch.einsum("bcihn,bhcpn->bcihp", query, states_BHCPN.float())
-    return out.flatten(1, 2)[:, :length]
+    return out.flatten(1, 2)[:, :length].contiguous()
 
 
 def _launch(

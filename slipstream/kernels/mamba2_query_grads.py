@@ -59,7 +59,7 @@ def _project(
     sums = torch.einsum("bgkcin,bcign->bgkci", parts.unflatten(1, (groups, -1)), query_BCLGN).flatten(1, 2)
     out = torch.einsum("bcgij,bcjgn->bcign", pairs.float(), key_BCLGN)
     out = out + (parts * scale[..., None]).unflatten(1, (groups, -1)).sum(2).permute(0, 2, 3, 1, 4)
-    return out.flatten(1, 2)[:, : query.shape[1]].to(query.dtype), sums
+    return out.flatten(1, 2)[:, : query.shape[1]].to(query.dtype).contiguous(), sums
 
 
 def _launch(
