@@ -7,10 +7,12 @@ Where mamba_ssm, causal_conv1d or fla are installed, their kernels run as in Tra
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from slipstream import hf_models
 from slipstream.attention.causal import documents
+from slipstream.kernels import HAS_TRITON
 from slipstream.recurrent.convolution import causal_conv, documents_of
 from slipstream.recurrent.gated_delta import gated_delta_rule
 from slipstream.recurrent.mamba2 import mamba2_scan
@@ -20,7 +22,8 @@ OURS = "slipstream_recurrent"  # an argument that a layer hands on to the functi
 
 
 def install(model: Any) -> str | None:
-    """Let the Mamba2 and Gated DeltaNet layers of `model` use ours, in place; says what runs, None without such."""
+    """Let the Mamba2 and Gated DeltaNet layers of `model` use ours, in place; says what runs, None without such:
+    a package's "kernels", our own in "triton", or plain "torch"."""
     functions = hf_models.recurrent_functions(model)
     if not functions:
         return None
@@ -29,7 +32,10 @@ def install(model: Any) -> str | None:
     for module in model.modules():
         hf_models.set_time_step_limit(module)
     model.get_decoder().register_forward_pre_hook(_tell, with_kwargs=True)
-    return "kernels" if len(fast) == len(functions) else "torch"
+    if len(fast) == len(functions):
+        return "kernels"
+    ours = hf_models.MAMBA_SCAN in functions and hf_models.MAMBA_SCAN not in fast
+    return "triton" if ours and HAS_TRITON and torch.cuda.is_available() else "torch"
 
 
 def _tell(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -59,7 +65,7 @@ def _convolution(
 def _mamba2(original: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, chunk_size: int, **kwargs: Any) -> Any:
     document = kwargs.get(DOCUMENTS)
     cached = kwargs.get("initial_states") is not None or kwargs.get("return_final_states")
-    # Transformers' takes the compiler a minute and keeps every chunk's decays; on a CPU it is the faster one.
+    # Transformers' takes the compiler a minute and keeps every chunk's decays; on a CPU it is as fast as ours.
     theirs = document is None and x.device.type == "cpu"
     if theirs or cached or not kwargs.get(OURS):
         return original(x, dt, A, B, C, chunk_size=chunk_size, **kwargs)

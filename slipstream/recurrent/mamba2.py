@@ -1,20 +1,31 @@
-"""Mamba2's scan in plain PyTorch, chunk by chunk (Dao and Gu 2024, arXiv 2405.21060), for where mamba_ssm is missing.
+"""Mamba2's scan (Dao and Gu 2024, arXiv 2405.21060), chunk by chunk, forward and backward by the kernels of
+`kernels/mamba2_*.py`, or in plain PyTorch where they do not run.
 
-Unlike Transformers' it keeps the documents of a packed row apart, shares B and C among the heads of a group instead of
-repeating them, and saves only its inputs for backward, which runs it again: a chunk's decays, `[L, L]` for every head,
-are what would fill the memory.
+Unlike Transformers' it keeps the documents of a packed row apart, and saves only its inputs for backward, which
+computes the states again. One operator, opaque to torch.compile, so that a decoder layer compiles around it.
 
-Dims: B rows, S tokens of a row, C chunks of L tokens, G groups, K heads of a group, H = G * K, P head width, N state.
+Dims: B rows, S tokens of a row, C chunks of L tokens, G groups, H heads, P head width, N state.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from slipstream.kernels.mamba2_decay import chunked, make_decay
+from slipstream.kernels.mamba2_outputs import outputs, value_grads
+from slipstream.kernels.mamba2_pairs import pair_grads
+from slipstream.kernels.mamba2_query_grads import key_grads, query_grads
+from slipstream.kernels.mamba2_states import states, states_backward
+
+_INPUTS = (
+    "(Tensor x_BSHP, Tensor dt_BSH, Tensor A_H, Tensor B_BSGN, Tensor C_BSGN, Tensor? D_H, Tensor? dt_bias_H, "
+    "Tensor? document_BS, int chunk_size, bool dt_softplus, float dt_low, float dt_high)"
+)
+_TENSORS = 7  # of them, have gradients
 
 
-# A compiled layer stops here and goes on: traced with a dynamic length, the chunks cost minutes of compiling.
-@torch.compiler.disable
 def mamba2_scan(
     x_BSHP: Tensor,
     dt_BSH: Tensor,
@@ -30,18 +41,21 @@ def mamba2_scan(
 ) -> Tensor:
     """`y[t] = C[t] h[t] + D x[t]` with `h[t] = exp(A dt[t]) h[t-1] + dt[t] B[t] x[t]`; `[B, S, H, P]` in fp32.
 
+    Kernels multiply in the dtype of x, B and C, and sum in fp32; plain PyTorch computes in fp32 throughout.
+
     Args:
         dt_BSH: step sizes, to which `dt_bias_H` is added, then softplus applied, then the limits.
         A_H: negative.
+        chunk_size: of no effect on the result; what is computed at once may be less.
         document_BS: ids that never fall along a row; h starts at zero where the id changes. None: a row is one.
 
     Oracle: `mamba2_scan_reference`.
     """
-    arguments = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, chunk_size, D_H, dt_bias_H, dt_softplus, dt_limit, document_BS)
-    if torch.is_grad_enabled():
-        out: Tensor = checkpoint(_scan, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return out
-    return _scan(*arguments)
+    out_BSHP: Tensor = torch.ops.slipstream.mamba2_scan(
+        x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, D_H, dt_bias_H, document_BS, chunk_size, dt_softplus,
+        float(dt_limit[0]), float(dt_limit[1]),
+    )  # fmt: skip
+    return out_BSHP
 
 
 def mamba2_scan_reference(
@@ -58,7 +72,7 @@ def mamba2_scan_reference(
     document_BS: Tensor | None = None,
 ) -> Tensor:
     """What `mamba2_scan` computes, token by token."""
-    dt_BSH = _steps(dt_BSH, dt_bias_H, dt_softplus, dt_limit)
+    dt_BSH = _steps(dt_BSH, dt_bias_H, dt_softplus, *dt_limit)
     heads = x_BSHP.shape[2] // B_BSGN.shape[2]
     B_BSHN, C_BSHN = (tensor.repeat_interleave(heads, 2) for tensor in (B_BSGN, C_BSGN))
     state_BHPN = x_BSHP.new_zeros(*x_BSHP[:, 0].shape, B_BSGN.shape[3])
@@ -74,82 +88,122 @@ def mamba2_scan_reference(
     return torch.stack(outs, 1)
 
 
-def _steps(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
+def _steps(dt: Tensor, bias: Tensor | None, softplus: bool, low: float, high: float) -> Tensor:
     dt = dt if bias is None else dt + bias.to(dt.dtype)
-    return (F.softplus(dt) if softplus else dt).clamp(*limit)
+    return (F.softplus(dt) if softplus else dt).clamp(low, high)
 
 
-def _scan(
+def _steps_grad(grad: Tensor, dt: Tensor, bias: Tensor | None, softplus: bool, low: float, high: float) -> Tensor:
+    """The gradient of `dt`, fp32, where `grad` is that of `_steps`."""
+    dt = dt if bias is None else dt + bias.to(dt.dtype)
+    steps = F.softplus(dt) if softplus else dt
+    grad = grad * ((steps >= low) & (steps <= high))
+    return grad * torch.sigmoid(dt.float()) if softplus else grad
+
+
+def _chunk(chunk_size: int) -> int:
+    """What the kernels take at once: a power of two that a tile can hold."""
+    return max(16, min(128, 1 << (chunk_size.bit_length() - 1)))
+
+
+# Defined by hand as in moe/grouped_mlp.py.
+torch.library.define("slipstream::mamba2_scan", f"{_INPUTS} -> Tensor")
+torch.library.define("slipstream::mamba2_scan_backward", f"(Tensor grad_BSHP, {_INPUTS[1:]} -> Tensor[]")
+
+
+@torch.library.impl("slipstream::mamba2_scan", "default")
+def _forward(
     x_BSHP: Tensor,
     dt_BSH: Tensor,
     A_H: Tensor,
     B_BSGN: Tensor,
     C_BSGN: Tensor,
-    chunk_size: int,
     D_H: Tensor | None,
     dt_bias_H: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
     document_BS: Tensor | None,
+    chunk_size: int,
+    dt_softplus: bool,
+    dt_low: float,
+    dt_high: float,
 ) -> Tensor:
-    rows, length, heads, width = x_BSHP.shape
-    groups, pad = B_BSGN.shape[2], -length % chunk_size
-    dt_BSH = _steps(dt_BSH, dt_bias_H, dt_softplus, dt_limit).float()
-    x_BSHP = x_BSHP.float()
-
-    def chunks(tensor: Tensor, *heads: int) -> Tensor:
-        """`[B, S, …]` as `[B, C, L, …]`, with tokens that do nothing behind the last; heads as groups where given."""
-        padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, pad))
-        return padded.reshape(rows, -1, chunk_size, *(heads or tensor.shape[2:]))
-
-    by_group = groups, heads // groups
-    x_BCLGKP = chunks(x_BSHP * dt_BSH[..., None], *by_group, width)
-    a_BCLGK = chunks(A_H.float() * dt_BSH, *by_group)
-    B_BCLGN, C_BCLGN = (chunks(tensor.float()) for tensor in (B_BSGN, C_BSGN))
-    sum_BCLGK = a_BCLGK.cumsum(2)
-    document_BCL = None
-    if document_BS is not None:
-        last = document_BS[:, -1:].expand(-1, pad)
-        document_BCL = torch.cat([document_BS, last], 1).reshape(rows, -1, chunk_size)
-
-    # Within a chunk: C[l] . B[s], decayed by what lies between.
-    decay_BCLLGK = _between(a_BCLGK, 2, document_BCL, document_BCL)
-    score_BCLLG = torch.einsum("bclgn,bcsgn->bclsg", C_BCLGN, B_BCLGN)
-    out = torch.einsum("bclsgk,bcsgkp->bclgkp", score_BCLLG[..., None] * decay_BCLLGK, x_BCLGKP)
-
-    # The state that a chunk leaves behind, from its last document alone.
-    to_end_BCLGK = torch.exp(sum_BCLGK[:, :, -1:] - sum_BCLGK)
-    ends_BC = None
-    if document_BCL is not None:
-        ends_BC = document_BCL[:, :, -1]
-        to_end_BCLGK = to_end_BCLGK * (document_BCL == ends_BC[:, :, None])[..., None, None]
-    left_BCGKPN = torch.einsum("bclgn,bclgkp->bcgkpn", B_BCLGN, x_BCLGKP * to_end_BCLGK[..., None])
-
-    # The state that a chunk begins with: what those before it left, where the document has gone on since.
-    totals_BCGK = F.pad(sum_BCLGK[:, :, -1], (0, 0, 0, 0, 1, 0))  # one chunk before the first, that leaves nothing
-    ends = None if ends_BC is None else torch.cat([ends_BC[:, :1], ends_BC], 1)
-    carried_BCCGK = _between(totals_BCGK, 1, ends, ends)
-    left = F.pad(left_BCGKPN, (0, 0, 0, 0, 0, 0, 0, 0, 1, 0))
-    begins_BCGKPN = torch.einsum("bczgk,bzgkpn->bcgkpn", carried_BCCGK, left)[:, :-1]
-    into_BCLGK = torch.exp(sum_BCLGK)
-    if document_BCL is not None and ends is not None:
-        into_BCLGK = into_BCLGK * (document_BCL == ends[:, :-1, None])[..., None, None]
-    out = out + torch.einsum("bclgn,bcgkpn->bclgkp", C_BCLGN, begins_BCGKPN) * into_BCLGK[..., None]
-
-    out_BSHP = out.reshape(rows, -1, heads, width)[:, :length]
-    return out_BSHP if D_H is None else out_BSHP + D_H[:, None] * x_BSHP
+    steps_BSH = _steps(dt_BSH, dt_bias_H, dt_softplus, dt_low, dt_high).float()
+    decay = make_decay(steps_BSH, A_H, document_BS, _chunk(chunk_size))
+    begins_BHCPN = states(x_BSHP, B_BSGN, decay.to_end_BHCL * decay.steps_BHCL, decay.carry_BHC)
+    return outputs(C_BSGN, B_BSGN, x_BSHP, begins_BHCPN, decay, D_H)
 
 
-def _between(a: Tensor, dim: int, document_to: Tensor | None, document_from: Tensor | None) -> Tensor:
-    """`exp(a[s + 1] + … + a[l])` for s <= l along `dim`, which becomes two, l before s; 0 for s > l, and where the two
-    are of different documents. Sums of their own rather than differences of running sums, which lose digits."""
-    size = a.shape[dim]
-    below = torch.ones(size, size, dtype=torch.bool, device=a.device).tril()
-    shape = (size, size, *[1] * (a.dim() - dim - 1))
-    spread = a.unsqueeze(dim + 1).expand(*a.shape[: dim + 1], size, *a.shape[dim + 1 :])
-    sums = spread.masked_fill(~below.tril(-1).view(shape), 0).cumsum(dim)
-    seen = below.view(shape)
-    if document_to is not None and document_from is not None:
-        same = document_to.unsqueeze(-1) == document_from.unsqueeze(-2)
-        seen = seen & same.view(*same.shape, *[1] * (a.dim() - dim - 1))
-    return sums.masked_fill(~seen, float("-inf")).exp()
+@torch.library.register_fake("slipstream::mamba2_scan")
+def _(x_BSHP: Tensor, *_: Any) -> Tensor:
+    return x_BSHP.new_empty(x_BSHP.shape, dtype=torch.float32)
+
+
+@torch.library.impl("slipstream::mamba2_scan_backward", "default")
+def _backward(
+    grad_BSHP: Tensor,
+    x_BSHP: Tensor,
+    dt_BSH: Tensor,
+    A_H: Tensor,
+    B_BSGN: Tensor,
+    C_BSGN: Tensor,
+    D_H: Tensor | None,
+    dt_bias_H: Tensor | None,
+    document_BS: Tensor | None,
+    chunk_size: int,
+    dt_softplus: bool,
+    dt_low: float,
+    dt_high: float,
+) -> list[Tensor]:
+    """The gradients of the first seven inputs, but for those that are None; `grad_BSHP` in the dtype of x."""
+    settings = dt_softplus, dt_low, dt_high
+    length = x_BSHP.shape[1]
+    steps_BSH = _steps(dt_BSH, dt_bias_H, *settings).float()
+    decay = make_decay(steps_BSH, A_H, document_BS, _chunk(chunk_size))
+    begins_BHCPN = states(x_BSHP, B_BSGN, decay.to_end_BHCL * decay.steps_BHCL, decay.carry_BHC)
+    ends_BHCPN, products_BHC = states_backward(grad_BSHP, C_BSGN, decay.into_BHCL, decay.carry_BHC, begins_BHCPN)
+    grad_x, own_BHCL = value_grads(C_BSGN, B_BSGN, x_BSHP, grad_BSHP, ends_BHCPN, decay, D_H)
+    pairs_BCGLL, rows_BHCL, columns_BHCL = pair_grads(C_BSGN, B_BSGN, x_BSHP, grad_BSHP, decay)
+    grad_C, into_BHCL = query_grads(C_BSGN, B_BSGN, grad_BSHP, begins_BHCPN, pairs_BCGLL, decay)
+    grad_B, to_end_BHCL = key_grads(C_BSGN, B_BSGN, x_BSHP, ends_BHCPN, pairs_BCGLL, decay)
+
+    # What passes from token j to token i or to the end decays by exp(sum[i] - sum[j]): the gradient of that exponent
+    # goes to the one with + and to the other with -.
+    passed_BHCL = columns_BHCL + to_end_BHCL
+    weighted_BHCL = passed_BHCL * decay.steps_BHCL
+    grad_sums_BHCL = rows_BHCL + into_BHCL - weighted_BHCL
+    grad_sums_BHCL[..., -1] += (to_end_BHCL * decay.steps_BHCL).sum(-1) + products_BHC * decay.carry_BHC
+    grad_a_BHCL = grad_sums_BHCL.flip(-1).cumsum(-1, dtype=torch.float64).flip(-1).float()
+    # Of itself a token sees x[i] dt[i] (B[i] . C[i]), whatever decays.
+    scores_BSG = (B_BSGN.float() * C_BSGN.float()).sum(-1)
+    scores_BHCL = chunked(scores_BSG, decay.steps_BHCL.shape[-1]).permute(0, 3, 1, 2)
+    scores_BHCL = scores_BHCL.repeat_interleave(x_BSHP.shape[2] // B_BSGN.shape[2], 1)
+    grad_steps_BHCL = passed_BHCL + own_BHCL * scores_BHCL + A_H.float()[:, None, None] * grad_a_BHCL
+    grad_A = (grad_a_BHCL * decay.steps_BHCL).sum((0, 2, 3))
+    grad_dt = _steps_grad(grad_steps_BHCL.flatten(2)[..., :length].mT, dt_BSH, dt_bias_H, *settings)
+    grads = [grad_x, grad_dt.to(dt_BSH.dtype).contiguous(), grad_A.to(A_H.dtype), grad_B, grad_C]
+    if D_H is not None:
+        grads.append(own_BHCL.sum((0, 2, 3)).to(D_H.dtype))
+    if dt_bias_H is not None:
+        grads.append(grad_dt.sum((0, 1)).to(dt_bias_H.dtype))
+    return grads
+
+
+@torch.library.register_fake("slipstream::mamba2_scan_backward")
+def _(grad_BSHP: Tensor, *inputs: Any) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in inputs[:_TENSORS] if tensor is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[: _TENSORS + 1])
+    ctx.settings = inputs[_TENSORS + 1 :]
+
+
+def _autograd(ctx: Any, grad_BSHP: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    # Here rather than in the operator: torch.compile makes the rounding part of what computes the gradient.
+    grad_BSHP = grad_BSHP.to(tensors[0].dtype)
+    found = iter(torch.ops.slipstream.mamba2_scan_backward(grad_BSHP, *tensors, *ctx.settings))
+    grads = [None if tensor is None else next(found) for tensor in tensors[:_TENSORS]]
+    return *grads, *[None] * (1 + len(ctx.settings))
+
+
+torch.library.register_autograd("slipstream::mamba2_scan", _autograd, setup_context=_save)

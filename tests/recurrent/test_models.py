@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import slipstream
 from slipstream import hf_models
@@ -85,7 +86,10 @@ def test_compiled_layers_keep_documents_apart() -> None:
     batch = packed_batch(LENGTHS, seed=5)
     labels = batch["input_ids"].clone()
     expected = _gradients(model, batch, labels)
-    compile_layers(model, backend="eager")
+    compile_layers(model, backend="aot_eager")
+    counters.clear()
     found = _gradients(model, batch, labels)
+    assert counters["stats"]["unique_graphs"]
+    assert not counters["graph_break"]  # every layer is one graph
     for name, grad in expected.items():
         assert (found[name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp(min=1e-3), name

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 from transformers.models.qwen3_next.modeling_qwen3_next import causal_conv1d_fn, torch_chunk_gated_delta_rule
 
@@ -78,6 +80,25 @@ def test_mamba2_saves_only_its_inputs() -> None:
     assert saved <= sum(tensor.numel() for tensor in inputs)
 
 
+def _layouts(tensors: Any) -> list[tuple[Any, ...]]:
+    return [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tree_leaves(tensors)]
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_what_the_compiler_is_told_of_mamba2_is_true(optional: bool) -> None:
+    (x, dt, A, B, C, D, bias), _ = _mamba(47, torch.float32)
+    others = (D, bias, _documents("several", 47)) if optional else (None, None, None)
+    arguments = (x.detach().mT.contiguous().mT, dt, A, B, C, *others, 16, True, 0.0, float("inf"))
+    backward = (torch.randn(x.shape), *arguments)
+    with torch.no_grad(), FakeTensorMode() as mode:
+        fake = tree_map_only(torch.Tensor, mode.from_tensor, (arguments, backward))
+        expected = [_layouts(torch.ops.slipstream.mamba2_scan(*fake[0]))]
+        expected.append(_layouts(torch.ops.slipstream.mamba2_scan_backward(*fake[1])))
+    with torch.no_grad():
+        assert _layouts(torch.ops.slipstream.mamba2_scan(*arguments)) == expected[0]
+        assert _layouts(torch.ops.slipstream.mamba2_scan_backward(*backward)) == expected[1]
+
+
 def test_mamba2_inside_a_compiled_layer() -> None:
     inputs, options = _mamba(40, torch.float32)
     document = _documents("several", 40)
@@ -85,7 +106,8 @@ def test_mamba2_inside_a_compiled_layer() -> None:
     def layer(x: torch.Tensor, *others: Any) -> torch.Tensor:
         return mamba2_scan(x * 2, *others, **options, document_BS=document).tanh()
 
-    out = torch.compile(layer, backend="aot_eager", dynamic=True)(*inputs[:5], 16, *inputs[5:])
+    compiled = torch.compile(layer, backend="aot_eager", dynamic=True, fullgraph=True)
+    out = compiled(*inputs[:5], 16, *inputs[5:])
     expected = layer(*inputs[:5], 16, *inputs[5:])
     _close([out, *_grads(out, inputs)], [expected, *_grads(expected, inputs)], 1e-5)
 
