@@ -24,11 +24,7 @@ CONSTANTS = {
     "attention": Measured(0.39, "of peak", f"{_NOTES}, compiled layers: 8.5 ms for 8 layers, 3 x forward counted"),
     "expert GEMM": Measured(0.66, "of peak", f"{_CEILINGS}: 666-698 TFLOP/s from 512 rows an expert on"),
     "expert GEMM, short sums": Measured(554, "length", f"{_CEILINGS}: 515 TFLOP/s over 768, 698 over 2048"),
-    "scan": Measured(
-        0.0029,
-        "of peak",
-        "fitted to 148 ms, benchmarks/results/2026-11-22-1xh200-nemotron-3-nano-30b-a3b-12l-1x4096.md: plain PyTorch",
-    ),
+    "scan": Measured(0.15, "of peak", "assumed, for a fused one"),
     "device memory": Measured(0.88, "of peak", f"{_CEILINGS}: copy at 4.3 TB/s of 4.8"),
     "passes over kept activations": Measured(
         8, "reads and writes", f"fitted to the rest of 46 ms of kernels, {_NOTES}, compiled layers"

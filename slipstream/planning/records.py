@@ -52,6 +52,8 @@ def compare(path: Path) -> list[Comparison]:
     gpu = find_gpu(record["device"])
     found = []
     for row in rows:
+        if row["settings"].get("recurrent") == "torch":
+            continue  # layers with a state are planned with a fused scan
         estimate = model.estimate(_layout(options, row["settings"]), gpu)
         found.append(
             Comparison(

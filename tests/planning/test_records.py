@@ -66,6 +66,13 @@ def test_what_ran_in_fp8_is_not_held_against_a_plan_of_16_bits(tmp_path: Path) -
     assert compare(tmp_path / "fp8.json") == []
 
 
+def test_what_scanned_in_plain_pytorch_is_not_held_against_a_fused_scan() -> None:
+    path = next(RESULTS.glob("*nemotron*.json"))
+    settings = next(row["settings"] for row in json.loads(path.read_text())["rows"] if row["contender"] == "slipstream")
+    assert settings["recurrent"] == "torch"
+    assert compare(path) == []
+
+
 def test_a_run_with_experts_in_4_bits_is_planned_as_one(tmp_path: Path) -> None:
     """A record of its own making: the weights of 128 x 8 experts become smaller, and nothing else does but time."""
     settings = {"compile": "layers", "loss": "fused", "dispatcher": "local"}
