@@ -175,5 +175,7 @@ def test_shapes_of_models(heads: int, groups: int, width: int, state: int, chunk
     document = _borders(700, (130, 400), (256, 257))
     found = _results(mamba2_scan, inputs, chunk, document_BS=document, dt_softplus=True)
     expected = _exact(inputs, chunk, document_BS=document, dt_softplus=True)
+    tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-5
     for name, tensor in expected.items():
-        assert (found[name] - tensor).norm() <= (5e-3 if dtype == torch.bfloat16 else 1e-5) * tensor.norm(), name
+        cancelling = 4 if name in ("A", "bias") else 1  # sums over all tokens, of either sign
+        assert (found[name] - tensor).norm() <= cancelling * tolerance * tensor.norm(), name
