@@ -15,8 +15,8 @@ from slipstream.kernels.mamba2_decay import Decay, between_reference, chunked, p
 def pair_grads(
     query_BSGN: Tensor, key_BSGN: Tensor, value_BSHP: Tensor, grad_BSHP: Tensor, decay: Decay
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of `query[i] . key[j]` for j <= i, `[B, C, G, L, L]` in the values' dtype (undefined for j > i in
-    part): the sum over a group's heads of `(grad[i] . value[j]) between[i, j] dt[j]`.
+    """The gradient of `query[i] . key[j]` for j <= i, `[B, C, G, L, L]` in the values' dtype, 0 for j > i: the
+    sum over a group's heads of `(grad[i] . value[j]) between[i, j] dt[j]`.
 
     With it, fp32 `[B, H, C, L]`, the sums over j < i of each head's part times `query[i] . key[j]`, and the sums over
     i > j of the same without `dt[j]`. Pairs of a token with itself, between which nothing decays, are left out of both.
@@ -118,12 +118,14 @@ if HAS_TRITON:
         block, group, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
         chunk = (block // (BLOCKS * BLOCKS)).to(tl.int64)
         block_i, block_j = block // BLOCKS % BLOCKS, block % BLOCKS
-        if block_j > block_i:
-            return
         start = chunk * CHUNK
         left = length - start
         i = block_i * BLOCK + tl.arange(0, BLOCK)
         j = block_j * BLOCK + tl.arange(0, BLOCK)
+        out += ((row * chunks + chunk) * tl.num_programs(1) + group) * CHUNK * CHUNK
+        if block_j > block_i:
+            tl.store(out + i[:, None] * CHUNK + j[None, :], tl.zeros((BLOCK, BLOCK), out.dtype.element_ty))
+            return
         p = tl.arange(0, BLOCK_P)
         n = tl.arange(0, BLOCK_N)
         queries = load_rows(
@@ -148,5 +150,4 @@ if HAS_TRITON:
             tl.store(by_column + block_i * slot + at + j, tl.sum(products, 0))
             tl.store(by_row + block_j * slot + at + i, tl.sum(products * step, 1))
             total += pairs * step
-        out += ((row * chunks + chunk) * tl.num_programs(1) + group) * CHUNK * CHUNK
         tl.store(out + i[:, None] * CHUNK + j[None, :], total.to(out.dtype.element_ty))

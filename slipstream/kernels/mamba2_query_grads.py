@@ -38,7 +38,7 @@ def key_grads(
 def query_grads_reference(
     query_BSGN: Tensor, key_BSGN: Tensor, grad_BSHP: Tensor, states_BHCPN: Tensor, pairs_BCGLL: Tensor, decay: Decay
 ) -> tuple[Tensor, Tensor]:
-    """What `query_grads` computes, from defined pairs."""
+    """What `query_grads` computes."""
     scale = torch.ones_like(decay.into_BHCL)
     return _project(query_BSGN, key_BSGN, grad_BSHP, states_BHCPN, pairs_BCGLL, decay.into_BHCL, scale)
 
@@ -46,7 +46,7 @@ def query_grads_reference(
 def key_grads_reference(
     query_BSGN: Tensor, key_BSGN: Tensor, value_BSHP: Tensor, grad_states: Tensor, pairs_BCGLL: Tensor, decay: Decay
 ) -> tuple[Tensor, Tensor]:
-    """What `key_grads` computes, from defined pairs."""
+    """What `key_grads` computes."""
     return _project(key_BSGN, query_BSGN, value_BSHP, grad_states, pairs_BCGLL.mT, decay.to_end_BHCL, decay.steps_BHCL)
 
 

@@ -13,6 +13,14 @@ GRADIENTS = ("x", "dt", "A", "B", "C", "D", "bias")
 OPTIONS: dict[str, Any] = {"dt_softplus": True, "dt_limit": (0.01, 5.0)}
 
 
+@pytest.fixture(autouse=True)
+def _memory_begins_as_nan() -> Any:
+    """So that what a kernel reads before it is written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def _inputs(
     length: int, heads: int, groups: int, width: int, state: int, dtype: torch.dtype = torch.float32, rows: int = 2
 ) -> list[torch.Tensor]:
@@ -74,6 +82,14 @@ def test_scan(case: tuple[Any, ...]) -> None:
     document = None if borders is None else _borders(length, *borders)
     found = _results(mamba2_scan, inputs, chunk, document_BS=document, **OPTIONS)
     _check(found, _exact(inputs, chunk, document_BS=document, **OPTIONS))
+
+
+@compiled_or_interpreted
+def test_wide_states_in_blocks_of_several_sizes() -> None:
+    inputs = _inputs(64, 1, 1, 16, 144, torch.bfloat16, rows=1)
+    found, expected = _results(mamba2_scan, inputs, 64, **OPTIONS), _exact(inputs, 64, **OPTIONS)
+    for name in ("out", "x", "dt", "B", "C"):
+        assert (found[name] - expected[name]).norm() <= 1e-2 * expected[name].norm(), name
 
 
 @compiled_or_interpreted
@@ -175,5 +191,7 @@ def test_shapes_of_models(heads: int, groups: int, width: int, state: int, chunk
     document = _borders(700, (130, 400), (256, 257))
     found = _results(mamba2_scan, inputs, chunk, document_BS=document, dt_softplus=True)
     expected = _exact(inputs, chunk, document_BS=document, dt_softplus=True)
+    tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-5
     for name, tensor in expected.items():
-        assert (found[name] - tensor).norm() <= (5e-3 if dtype == torch.bfloat16 else 1e-5) * tensor.norm(), name
+        cancelling = {"A": 20, "bias": 4}.get(name, 1)  # sums over all tokens, of either sign
+        assert (found[name] - tensor).norm() <= cancelling * tolerance * tensor.norm(), name
