@@ -29,7 +29,7 @@ class Timed(Options):
 
     def config(self) -> PretrainedConfig:
         """The model's config."""
-        return tiny_config(self.model) if self.tiny else timed_config(self.model)
+        return tiny_config(self.model) if self.tiny else timed_config(self.model, self.seq_len)
 
 
 def measure_all(

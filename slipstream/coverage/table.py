@@ -91,7 +91,8 @@ def speed_cells(speed: dict[str, Any]) -> tuple[str, str, str]:
         return "", "", ""
     if "error" in speed:
         return _plain(speed["error"]), "", speed.get("shapes", "")
-    return f"{speed['step']:.2f} x", f"{speed['memory']:.2f}", f"{speed['shapes']}, {speed['device']}"
+    tokens = f", {speed['of']['tokens']} tokens" if "of" in speed else ""
+    return f"{speed['step']:.2f} x", f"{speed['memory']:.2f}", f"{speed['shapes']}{tokens}, {speed['device']}"
 
 
 def _plain(text: str) -> str:

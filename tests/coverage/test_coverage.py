@@ -3,16 +3,19 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import slipstream
+from slipstream import hf
 from slipstream.cli import app
 from slipstream.coverage import architectures, checks, ranks, shapes, table
-from slipstream.coverage.compare import Cell
+from slipstream.coverage.compare import Attempt, Cell
 from slipstream.coverage.tiny import tiny_model
 
 # One of each kind of experts, routers, attention and layers; the command does all of them.
@@ -101,11 +104,51 @@ def test_speed_resumes(tmp_path: Path) -> None:
     assert "step" not in CliRunner().invoke(app, [*command, f"{tmp_path}/out"]).stderr
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "jamba", "glm4_moe", "dots1", "llama"])
-def test_timed_shapes_fit(model_type: str) -> None:
-    config = shapes.timed_config(model_type)
-    assert 1e8 < shapes.parameters(config) <= shapes.MAX_PARAMETERS
-    assert config.hidden_size >= 2048
+class _NoValues(TorchDispatchMode):
+    """Lets a model on the meta device ask for a tensor's value, which decides about masks only."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return args[0].dtype == torch.bool or 1
+        return func(*args, **(kwargs or {}))
+
+
+# What they compute depends on values.
+NOT_ON_META = {"dbrx", "jetmoe", "longcat_flash", "qwen4_exp_text"}
+
+
+def test_every_model_with_experts_runs_at_the_timed_shapes() -> None:
+    """Plain Transformers, on the meta device: of a size for one GPU, with all kinds of layers and the real widths."""
+    wrong, narrow = {}, []
+    for name in filter(architectures.has_experts, architectures.architectures()):
+        config = shapes.timed_config(name)
+        with torch.device("meta"), torch.no_grad():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+            if not 5e7 < sum(parameter.numel() for parameter in model.parameters()) <= shapes.MAX_PARAMETERS:
+                wrong[name] = "size"
+            attempt = Attempt()
+            with attempt, _NoValues():
+                if next(hf.experts_modules(model), None):
+                    model.set_experts_implementation("grouped_mm")
+                if name not in NOT_ON_META:
+                    ids = torch.zeros(1, 128, dtype=torch.long)
+                    assert model(input_ids=ids, labels=ids, use_cache=False).loss.shape == ()
+        if attempt.error:
+            wrong[name] = attempt.error
+        if config.hidden_size < 2048:
+            narrow.append(name)
+        for kinds in ("layer_types", "mlp_layer_types"):
+            default = transformers.AutoConfig.for_model(name)
+            full = set(getattr(default, kinds, None) or ()) - {"mlp"}  # Nemotron 3 has no dense MLPs
+            if missing := full - set(getattr(config, kinds, None) or full):
+                wrong[name] = f"without {missing}"
+    assert not wrong
+    assert narrow == ["doge", "granitemoehybrid"]
+
+
+def test_longer_rows_have_positions() -> None:
+    assert shapes.timed_config("bert", 8192).max_position_embeddings > 8192
+    assert shapes.timed_tokens("jamba", 4096) < shapes.timed_tokens("llama", 4096) == 4096
 
 
 def test_unknown_model_is_refused() -> None:
