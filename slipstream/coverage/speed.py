@@ -72,7 +72,7 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
     Returns:
         `step` and `memory`, Transformers' over ours and ours over theirs; `milliseconds` and `gib` of either;
         `loss_error`, how far the first losses are apart; `compile_s`, our first step; `imbalance` of the routers;
-        `shapes`, `device` and `of`, what it was measured with. Or `error`.
+        `notes`, where a layer did not compile; `shapes`, `device` and `of`, what it was measured with. Or `error`.
     """
     found: dict[str, Any] = {"of": _conditions(options)}
     attempt = Attempt()
@@ -100,6 +100,7 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
         "compile_s": ours["cold_start_s"],
         "device": ours["device_name"],
         "imbalance": ours["imbalance"],
+        **({"notes": ours["notes"]} if ours["notes"] else {}),
     }
 
 

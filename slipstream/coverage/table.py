@@ -92,7 +92,8 @@ def speed_cells(speed: dict[str, Any]) -> tuple[str, str, str]:
     if "error" in speed:
         return _plain(speed["error"]), "", speed.get("shapes", "")
     tokens = f", {speed['of']['tokens']} tokens" if "of" in speed else ""
-    return f"{speed['step']:.2f} x", f"{speed['memory']:.2f}", f"{speed['shapes']}{tokens}, {speed['device']}"
+    conditions = [f"{speed['shapes']}{tokens}", speed["device"], *map(_plain, speed.get("notes", ()))]
+    return f"{speed['step']:.2f} x", f"{speed['memory']:.2f}", ", ".join(conditions)
 
 
 def _plain(text: str) -> str:
