@@ -74,7 +74,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     try:
         return _compiled(own, self.__dict__[_BACKEND])(self, *_alike(self, args), **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, torch.OutOfMemoryError):
+        if isinstance(error.inner_exception, torch.OutOfMemoryError | TimeoutError):  # no fault of the graph's
             raise
         reason = _first_line(error.inner_exception)
     # Outside of the handler, which would keep the failed call's tensors.

@@ -188,7 +188,7 @@ def test_a_layer_that_does_not_compile_runs_as_it_is(part) -> None:
     assert not uncompiled(untouched)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("compiling"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("compiling"), TimeoutError("too long"), KeyboardInterrupt()])
 def test_other_errors_come_through(error) -> None:
     def refuse(graph, example_inputs):
         raise error
@@ -198,6 +198,9 @@ def test_other_errors_come_through(error) -> None:
     with pytest.raises((torch._dynamo.exc.BackendCompilerFailed, KeyboardInterrupt)):
         step(model, tiny_batch())
     assert not uncompiled(model)
+
+
+def test_an_error_of_the_model_comes_through() -> None:
     model = accelerated("llama")
     compile_layers(model, "aot_eager")
     model.get_decoder().layers[0].mlp.up_proj.weight.data = torch.zeros(3, 3)

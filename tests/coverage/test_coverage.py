@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import slipstream
 from slipstream import hf
 from slipstream.cli import app
-from slipstream.coverage import architectures, checks, ranks, shapes, table
+from slipstream.coverage import architectures, checks, ranks, shapes, speed, table
 from slipstream.coverage.compare import Attempt, Cell
 from slipstream.coverage.tiny import tiny_model
 
@@ -144,6 +144,30 @@ def test_every_model_with_experts_runs_at_the_timed_shapes() -> None:
                 wrong[name] = f"without {missing}"
     assert not wrong
     assert narrow == ["doge", "granitemoehybrid"]
+
+
+def test_what_was_never_timed_comes_first() -> None:
+    speeds: dict[str, dict[str, Any]] = {
+        "llama": {},
+        "mixtral": {"of": {"device": "CPU"}, "step": 1.0},
+        "afmoe": {"of": {"device": "H100"}, "step": 1.0},
+        "olmoe": {"of": {"device": "CPU"}, "error": "out of memory"},
+        "qwen3_moe": {},
+    }
+    rows = [checks.Row(name, moe=architectures.has_experts(name), speed=found) for name, found in speeds.items()]
+    ordered = speed.in_order(rows, lambda name: speed.Timed(name, device="cpu", tiny=True))
+    assert [row.model_type for row in ordered] == ["qwen3_moe", "afmoe", "olmoe", "mixtral", "llama"]
+
+
+def test_an_error_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = speed.Timed("llama", device="cpu", tiny=True)
+    found: list[str] = []
+    monkeypatch.setattr(speed, "measure", lambda options, seconds: found.append(options.model) or {"step": 2.0})
+    for before in ({"step": 1.0}, {"error": "out of memory"}):
+        row = checks.Row("llama", speed={"of": speed._conditions(timed), **before})
+        speed.measure_all([row], lambda name: timed, limit_seconds=None, seconds_per_model=1, done=lambda *_: None)
+    assert found == ["llama"]
+    assert row.speed == {"step": 2.0}
 
 
 def test_longer_rows_have_positions() -> None:
