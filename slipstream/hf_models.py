@@ -189,7 +189,8 @@ SCANS = (MAMBA_SCAN, "torch_chunk_gated_delta_rule")
 _BESIDE = ("causal_conv1d_fn", "mamba2_split_conv1d_scan_combined")
 # Other scans that loop over chunks or tokens in Python: such functions, and modules that have the loop in a method.
 _LOOPS = ("chunk_kimi_delta_attention", "mamba_selective_scan", "rwkv_linear_attention")
-_LOOPING_MODULES = ("MiniMaxLightningAttention", "RecurrentGemmaRglru")
+# JetMoe's count the tokens of each expert on the host and split by them: other sizes in every step.
+_LOOPING_MODULES = ("MiniMaxLightningAttention", "RecurrentGemmaRglru", "JetMoeAttention", "JetMoeMoE")
 _ORIGINAL = "slipstream_original"
 
 
