@@ -11,11 +11,13 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,6 +27,7 @@ from slipstream import hf_models
 # Graphs per layer class: its kinds (dense, MoE, sliding window, …), in training and evaluation, for one row and more.
 _GRAPHS = 64
 _BACKEND, _GPU_ONLY = "_slipstream_compile_backend", "_slipstream_compile_on_gpu_only"
+_UNCOMPILED = "_slipstream_uncompiled"  # class -> reason, one dict for all layers of a model
 
 
 def why_not_compiled(model: nn.Module) -> str | None:
@@ -47,11 +50,13 @@ def compile_layers(
         gpu_only: run them as they are while their inputs are on a CPU, where many models lie until they train.
     """
     layers = decoder_layers(model)
+    failed: dict[str, str] = {}
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     for layer in layers:
         # Bound to a module-level function named forward, as in loss.py: survives deepcopy and pickle.
         layer.forward = MethodType(forward, layer)
         layer.__dict__[_BACKEND], layer.__dict__[_GPU_ONLY] = backend, gpu_only
+        layer.__dict__[_UNCOMPILED] = failed
     hf_models.record_outside(model, layers)
     return sorted({type(layer).__name__ for layer in layers})
 
@@ -63,7 +68,39 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return own(self, *args, **kwargs)
     if self.__dict__[_GPU_ONLY] and not any(map(_on_gpu, (*args, *kwargs.values()))):
         return own(self, *args, **kwargs)
-    return _compiled(own, self.__dict__[_BACKEND])(self, *_alike(self, args), **kwargs)
+    name = _class_name(self)
+    if name in self.__dict__[_UNCOMPILED]:
+        return own(self, *args, **kwargs)
+    try:
+        return _compiled(own, self.__dict__[_BACKEND])(self, *_alike(self, args), **kwargs)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, torch.OutOfMemoryError | TimeoutError):  # no fault of the graph's
+            raise
+        reason = _first_line(error.inner_exception)
+    # Outside of the handler, which would keep the failed call's tensors.
+    self.__dict__[_UNCOMPILED][name] = reason
+    if int(os.environ.get("RANK", 0)) == 0:
+        warnings.warn(
+            f"slipstream: torch.compile failed at {name}, whose layers now run uncompiled: the same results, with the "
+            f"norms, rotary embeddings and residuals between their GEMMs slower. BackendConfig(compile='none') leaves "
+            f"the attempt out. The reason: {reason}",
+            stacklevel=2,
+        )
+    return own(self, *args, **kwargs)
+
+
+def uncompiled(model: nn.Module) -> dict[str, str]:
+    """The classes of layers that `compile_layers` was to compile, but that torch.compile failed at, and why."""
+    return {name: why for layer in decoder_layers(model) for name, why in layer.__dict__.get(_UNCOMPILED, {}).items()}
+
+
+def _class_name(layer: nn.Module) -> str:
+    return type(layer).__name__.removeprefix("FSDP")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
 
 
 def _on_gpu(given: Any) -> bool:
@@ -82,15 +119,18 @@ def _alike(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _compiled(own: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
     graph = torch.compile(own, dynamic=True, backend=backend)
     config: Any = torch._dynamo.config
+    aot: Any = torch._functorch.config
     seconds: list[float] = []
 
     def compiled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # `dynamic` would also make a tensor of every float of the config, on the host, at every call.
         before, config.specialize_float = config.specialize_float, True
+        # Else a backward that does not compile is an error in the middle of backward.
+        eagerly, aot.force_non_lazy_backward_lowering = aot.force_non_lazy_backward_lowering, True
         try:
             return graph(self, *args, **kwargs)
         finally:
-            config.specialize_float = before
+            config.specialize_float, aot.force_non_lazy_backward_lowering = before, eagerly
 
     def announcing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if seconds:
@@ -99,8 +139,7 @@ def _compiled(own: Callable[..., Any], backend: str | Callable[..., Any]) -> Cal
         out = compiled(self, *args, **kwargs)
         seconds.append(time.perf_counter() - started)
         if int(os.environ.get("RANK", 0)) == 0:
-            name = type(self).__name__.removeprefix("FSDP")
-            print(f"slipstream: compiled {name} in {seconds[0]:.0f} s (cached on disk)", file=sys.stderr)
+            print(f"slipstream: compiled {_class_name(self)} in {seconds[0]:.0f} s (cached on disk)", file=sys.stderr)
         return out
 
     return announcing

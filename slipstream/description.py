@@ -1,9 +1,10 @@
 """The report of what was accelerated, what was not, and why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from slipstream.backend import BackendConfig
+from slipstream.compilation import uncompiled
 from slipstream.parallel.setup import DistributedSetup
 
 if TYPE_CHECKING:
@@ -95,7 +96,15 @@ def describe(model: Any) -> Description:
             "or call slipstream.accelerate(model)"
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Description(type(model).__name__, parameters, applied.choices)
+    choices = applied.choices
+    for name, reason in uncompiled(model).items():
+        choices = tuple(
+            replace(choice, why=f"{choice.why}; {name} runs uncompiled: {reason}")
+            if choice.operation == "compile"
+            else choice
+            for choice in choices
+        )
+    return Description(type(model).__name__, parameters, choices)
 
 
 def acceleration_of(model: Any) -> Acceleration | None:

@@ -187,6 +187,10 @@ def causal_mask(model: Any, hidden_BSH: torch.Tensor, mask: torch.Tensor | None,
 # and what comes before or beside them.
 SCANS = (MAMBA_SCAN, "torch_chunk_gated_delta_rule")
 _BESIDE = ("causal_conv1d_fn", "mamba2_split_conv1d_scan_combined")
+# Other scans that loop over chunks or tokens in Python: such functions, and modules that have the loop in a method.
+_LOOPS = ("chunk_kimi_delta_attention", "mamba_selective_scan", "rwkv_linear_attention")
+# JetMoe's count the tokens of each expert on the host and split by them: other sizes in every step.
+_LOOPING_MODULES = ("MiniMaxLightningAttention", "RecurrentGemmaRglru", "JetMoeAttention", "JetMoeMoE")
 _ORIGINAL = "slipstream_original"
 
 
@@ -228,6 +232,18 @@ def recurrent_functions(model: Any) -> dict[str, Any]:
     if not any(name in module for name in SCANS):
         return {}
     return {name: _original(module[name]) for name in (*SCANS, *_BESIDE) if name in module}
+
+
+def loops(model: Any) -> list[str]:
+    """The functions of the modelling file of `model` whose scans are loops in Python, but those of
+    `recurrent_functions`."""
+    module = vars(sys.modules[type(model).__module__])
+    return [name for name in _LOOPS if name in module and not runs_package(module[name])]
+
+
+def looping_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules in `model` whose forward has such a loop in it."""
+    return [module for module in model.modules() if type(module).__name__ in _LOOPING_MODULES]
 
 
 def replace_recurrent(model: Any, replacements: dict[str, Callable[..., Any]]) -> None:

@@ -6,11 +6,13 @@ import pickle
 
 import pytest
 import torch
+from functorch.compile import nop
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import slipstream
 from slipstream import hf_models
-from slipstream.compilation import compile_layers, why_not_compiled
+from slipstream.compilation import compile_layers, uncompiled, why_not_compiled
 from tests.tiny_models import tiny_batch, tiny_model
 
 
@@ -159,3 +161,49 @@ def test_a_model_that_lies_on_a_cpu_beside_a_gpu_is_compiled_once_it_has_moved(m
     monkeypatch.setattr("slipstream.compilation._on_gpu", lambda given: isinstance(given, torch.Tensor))
     model(input_ids=ids, use_cache=False)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_a_layer_that_does_not_compile_runs_as_it_is(part) -> None:
+    """For its class and model, said once, and nothing else is caught."""
+
+    def refuse(graph, example_inputs):
+        raise NotImplementedError("no lowering for this\nand more")
+
+    compilers = {"fw_compiler": nop, "bw_compiler": nop, "forward": "fw_compiler", "backward": "bw_compiler"}
+    compilers[compilers[part]] = refuse
+    backend = aot_autograd(fw_compiler=compilers["fw_compiler"], bw_compiler=compilers["bw_compiler"])
+    model, ids = accelerated("deepseek_v3"), tiny_batch()
+    untouched = copy.deepcopy(model)
+    expected = step(model, ids)
+    compile_layers(model, backend)
+    with pytest.warns(UserWarning, match=r"compile='none'.*NotImplementedError: no lowering for this") as said:
+        found = [step(model, ids) for _ in range(2)]
+    assert len(said) == 1
+    torch.testing.assert_close(found, [expected] * 2)
+    name = type(model.get_decoder().layers[0]).__name__
+    assert uncompiled(model) == {name: "NotImplementedError: no lowering for this"}
+    assert f"{name} runs uncompiled" in slipstream.describe(model)["compile"].why
+    assert uncompiled(copy.deepcopy(model)) == uncompiled(model)
+    assert not uncompiled(untouched)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("compiling"), TimeoutError("too long"), KeyboardInterrupt()])
+def test_other_errors_come_through(error) -> None:
+    def refuse(graph, example_inputs):
+        raise error
+
+    model = accelerated("llama")
+    compile_layers(model, refuse)
+    with pytest.raises((torch._dynamo.exc.BackendCompilerFailed, KeyboardInterrupt)):
+        step(model, tiny_batch())
+    assert not uncompiled(model)
+
+
+def test_an_error_of_the_model_comes_through() -> None:
+    model = accelerated("llama")
+    compile_layers(model, "aot_eager")
+    model.get_decoder().layers[0].mlp.up_proj.weight.data = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match="linear"):  # of the model, not of its compiler
+        step(model, tiny_batch())
+    assert not uncompiled(model)

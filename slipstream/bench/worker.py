@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from slipstream.bench.contenders import build, resolved_device
 from slipstream.bench.measure import Step, make_batch, measure, routing_imbalance
-from slipstream.bench.options import Job
+from slipstream.bench.options import OURS, Job
 
 # What marks our lines among whatever else a process prints.
 RESULT, FAILURE = "SLIPSTREAM-BENCH-RESULT ", "SLIPSTREAM-BENCH-FAILURE "
@@ -42,6 +42,10 @@ def execute(job: Job) -> dict[str, Any]:
 
         result["profile"] = profile(step, result["times"])
     result["imbalance"] = routing_imbalance(step) if job.gate == "learned" else None
+    if job.contender == OURS:
+        from slipstream.compilation import uncompiled  # rivals' environments may have an older Transformers
+
+        contender.notes += [f"{name} runs uncompiled: {why}" for name, why in uncompiled(contender.model).items()]
     result |= {
         "contender": job.contender,
         "gate": job.gate,

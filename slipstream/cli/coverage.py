@@ -19,12 +19,14 @@ def coverage(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     ep: Annotated[bool, typer.Option(help="Check expert parallelism over two processes too.")] = True,
-    speed: Annotated[bool, typer.Option("--speed", help="Time steps on this GPU instead; experts first.")] = False,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time steps on this GPU instead; experts, and what was never timed, first.")
+    ] = False,
     limit_seconds: Annotated[
         float | None, typer.Option(help="--speed: begin no architecture after so long; run again to go on.")
     ] = None,
-    seconds_per_model: Annotated[float, typer.Option(help="--speed: a side that takes longer is given up.")] = 60.0,
-    seq_len: Annotated[int, typer.Option(help="--speed: tokens a row.")] = 4096,
+    seconds_per_model: Annotated[float, typer.Option(help="--speed: a side that takes longer is given up.")] = 120.0,
+    seq_len: Annotated[int, typer.Option(help="--speed: tokens a row, fewer for a few models.")] = 4096,
     compile_layers: Annotated[bool, typer.Option("--compile/--no-compile", help="--speed: ours compiled.")] = True,
     tiny: Annotated[bool, typer.Option("--tiny", help="--speed: tiny sizes, on the CPU if there is no GPU.")] = False,
 ) -> None:
@@ -99,6 +101,7 @@ def _timed(
 
     from slipstream.coverage.architectures import has_experts, is_composite
     from slipstream.coverage.checks import Row
+    from slipstream.coverage.shapes import timed_tokens
     from slipstream.coverage.speed import Timed, measure_all
 
     if not (tiny or torch.cuda.is_available()):
@@ -107,7 +110,8 @@ def _timed(
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def options(name: str) -> Timed:
-        return Timed(name, seq_len=seq_len, device=device, tiny=tiny, backend=backend)
+        tokens = seq_len if tiny else timed_tokens(name, seq_len)
+        return Timed(name, seq_len=tokens, device=device, tiny=tiny, backend=backend)
 
     def done(row: Row, seconds: float) -> None:
         keep([row])

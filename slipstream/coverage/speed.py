@@ -17,6 +17,13 @@ from slipstream.coverage.shapes import in_words, timed_config
 from slipstream.coverage.tiny import tiny_config
 
 RIVAL = "transformers"
+# By what people train, roughly.
+MOST_USED = (
+    "qwen3_moe", "gpt_oss", "mixtral", "qwen2_moe", "olmoe", "nemotron_h", "glm4_moe", "deepseek_v3", "qwen3_next",
+    "qwen3_5_moe_text", "deepseek_v2", "llama4_text", "gemma4_text", "glm4_moe_lite", "granitemoehybrid", "minimax_m2",
+    "kimi_linear", "lfm2_moe", "ernie4_5_moe", "phimoe", "bailing_hybrid", "dbrx", "jamba", "hunyuan_v1_moe", "llama",
+    "qwen3", "qwen2", "mistral", "gemma3_text", "phi3", "qwen3_5_text", "olmo3", "smollm3", "granite",
+)  # fmt: skip
 LOST = "CUDA error"  # after it nothing runs in this process any more
 
 
@@ -29,7 +36,7 @@ class Timed(Options):
 
     def config(self) -> PretrainedConfig:
         """The model's config."""
-        return tiny_config(self.model) if self.tiny else timed_config(self.model)
+        return tiny_config(self.model) if self.tiny else timed_config(self.model, self.seq_len)
 
 
 def measure_all(
@@ -40,7 +47,8 @@ def measure_all(
     seconds_per_model: float,
     done: Callable[[Row, float], None],
 ) -> list[str]:
-    """Fill in the `speed` of each row that has none yet with these versions on this GPU.
+    """Fill in the `speed` of each row that has none yet with these versions on this GPU, or an error; in the order of
+    `in_order`.
 
     Args:
         options: of a model type.
@@ -51,11 +59,10 @@ def measure_all(
     Returns:
         The model types that are left.
     """
-    rows, begun = list(rows), monotonic()
+    begun = monotonic()
+    rows = in_order([row for row in rows if not _is_measured(row, options(row.model_type))], options)
     for place, row in enumerate(rows):
         timed = options(row.model_type)
-        if row.speed.get("of") == _conditions(timed):
-            continue
         if limit_seconds is not None and monotonic() - begun > limit_seconds:
             return [row.model_type for row in rows[place:]]
         start = monotonic()
@@ -66,13 +73,29 @@ def measure_all(
     return []
 
 
+def _is_measured(row: Row, options: Timed) -> bool:
+    return row.speed.get("of") == _conditions(options) and "error" not in row.speed
+
+
+def in_order(rows: list[Row], options: Callable[[str], Timed]) -> list[Row]:
+    """As they should be measured where time may not last: models with experts before others; of each, those without a
+    result on this kind of device, then those with an error there, then the rest; the most used first."""
+
+    def place(row: Row) -> tuple[bool, int, int]:
+        here = row.speed.get("of", {}).get("device") == _conditions(options(row.model_type))["device"]
+        before = 0 if not here else 1 if "error" in row.speed else 2
+        return not row.moe, before, MOST_USED.index(row.model_type) if row.model_type in MOST_USED else len(MOST_USED)
+
+    return sorted(rows, key=place)
+
+
 def measure(options: Timed, seconds: float) -> dict[str, Any]:
     """Both sides of one architecture.
 
     Returns:
         `step` and `memory`, Transformers' over ours and ours over theirs; `milliseconds` and `gib` of either;
         `loss_error`, how far the first losses are apart; `compile_s`, our first step; `imbalance` of the routers;
-        `shapes`, `device` and `of`, what it was measured with. Or `error`.
+        `notes`, where a layer did not compile; `shapes`, `device` and `of`, what it was measured with. Or `error`.
     """
     found: dict[str, Any] = {"of": _conditions(options)}
     attempt = Attempt()
@@ -100,6 +123,7 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
         "compile_s": ours["cold_start_s"],
         "device": ours["device_name"],
         "imbalance": ours["imbalance"],
+        **({"notes": ours["notes"]} if ours["notes"] else {}),
     }
 
 

@@ -91,7 +91,9 @@ def speed_cells(speed: dict[str, Any]) -> tuple[str, str, str]:
         return "", "", ""
     if "error" in speed:
         return _plain(speed["error"]), "", speed.get("shapes", "")
-    return f"{speed['step']:.2f} x", f"{speed['memory']:.2f}", f"{speed['shapes']}, {speed['device']}"
+    tokens = f", {speed['of']['tokens']} tokens" if "of" in speed else ""
+    conditions = [f"{speed['shapes']}{tokens}", speed["device"], *map(_plain, speed.get("notes", ()))]
+    return f"{speed['step']:.2f} x", f"{speed['memory']:.2f}", ", ".join(conditions)
 
 
 def _plain(text: str) -> str:

@@ -1,10 +1,14 @@
 """How a model comes to the recurrent layers of this package: its decoder tells the layers where documents begin, and
 the functions of its modelling file that compute in plain PyTorch make way for ours when they are told of some.
 
+A scan that is a loop in Python stays outside of compiled layers, ours or not: with a dynamic length its graph takes
+minutes or does not compile, and one loop over tokens is another graph for each length.
+
 Where mamba_ssm, causal_conv1d or fla are installed, their kernels run as in Transformers, documents included.
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -24,6 +28,9 @@ OURS = "slipstream_recurrent"  # an argument that a layer hands on to the functi
 def install(model: Any) -> str | None:
     """Let the Mamba2 and Gated DeltaNet layers of `model` use ours, in place; says what runs, None without such:
     a package's "kernels", our own in "triton", or plain "torch"."""
+    hf_models.replace_recurrent(model, dict.fromkeys(hf_models.loops(model), _outside))
+    for module in hf_models.looping_modules(model):
+        module.forward = MethodType(forward, module)  # named so: survives deepcopy and pickle
     functions = hf_models.recurrent_functions(model)
     if not functions:
         return None
@@ -36,6 +43,18 @@ def install(model: Any) -> str | None:
         return "kernels"
     ours = hf_models.MAMBA_SCAN in functions and hf_models.MAMBA_SCAN not in fast
     return "triton" if ours and HAS_TRITON and torch.cuda.is_available() else "torch"
+
+
+@torch.compiler.disable
+def _outside(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """A compiled layer stops here and goes on behind it."""
+    return original(*args, **kwargs)
+
+
+@torch.compiler.disable
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward, outside of a compiled layer."""
+    return type(self).forward(self, *args, **kwargs)
 
 
 def _tell(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -68,7 +87,7 @@ def _mamba2(original: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, chunk_size: 
     # Transformers' takes the compiler a minute and keeps every chunk's decays; on a CPU it is as fast as ours.
     theirs = document is None and x.device.type == "cpu"
     if theirs or cached or not kwargs.get(OURS):
-        return original(x, dt, A, B, C, chunk_size=chunk_size, **kwargs)
+        return _outside(original, x, dt, A, B, C, chunk_size=chunk_size, **kwargs)
     return mamba2_scan(
         x, dt, A, B, C, chunk_size, kwargs.get("D"), kwargs.get("dt_bias"), kwargs.get("dt_softplus", False),
         tuple(kwargs.get("dt_limit", (0.0, float("inf")))), document,
@@ -83,7 +102,7 @@ def _gated_delta(original: Any, query: Any, key: Any, value: Any, g: Any, beta: 
     document = kwargs.get(DOCUMENTS)
     cached = kwargs.get("output_final_state") or kwargs.get("initial_state") is not None
     if document is None or cached or not kwargs.get(OURS):
-        return original(query, key, value, g=g, beta=beta, **kwargs)
+        return _outside(original, query, key, value, g=g, beta=beta, **kwargs)
     normalize = kwargs.get("use_qk_l2norm_in_kernel", False)
     return gated_delta_rule(query, key, value, g, beta, document, normalize), None
 

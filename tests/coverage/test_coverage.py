@@ -3,16 +3,19 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import slipstream
+from slipstream import hf
 from slipstream.cli import app
-from slipstream.coverage import architectures, checks, ranks, shapes, table
-from slipstream.coverage.compare import Cell
+from slipstream.coverage import architectures, checks, ranks, shapes, speed, table
+from slipstream.coverage.compare import Attempt, Cell
 from slipstream.coverage.tiny import tiny_model
 
 # One of each kind of experts, routers, attention and layers; the command does all of them.
@@ -101,11 +104,75 @@ def test_speed_resumes(tmp_path: Path) -> None:
     assert "step" not in CliRunner().invoke(app, [*command, f"{tmp_path}/out"]).stderr
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "jamba", "glm4_moe", "dots1", "llama"])
-def test_timed_shapes_fit(model_type: str) -> None:
-    config = shapes.timed_config(model_type)
-    assert 1e8 < shapes.parameters(config) <= shapes.MAX_PARAMETERS
-    assert config.hidden_size >= 2048
+class _NoValues(TorchDispatchMode):
+    """Lets a model on the meta device ask for a tensor's value, which decides about masks only."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return args[0].dtype == torch.bool or 1
+        return func(*args, **(kwargs or {}))
+
+
+# What they compute depends on values.
+NOT_ON_META = {"dbrx", "jetmoe", "longcat_flash", "qwen4_exp_text"}
+
+
+def test_every_model_with_experts_runs_at_the_timed_shapes() -> None:
+    """Plain Transformers, on the meta device: of a size for one GPU, with all kinds of layers and the real widths."""
+    wrong, narrow = {}, []
+    for name in filter(architectures.has_experts, architectures.architectures()):
+        config = shapes.timed_config(name)
+        with torch.device("meta"), torch.no_grad():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+            if not 5e7 < sum(parameter.numel() for parameter in model.parameters()) <= shapes.MAX_PARAMETERS:
+                wrong[name] = "size"
+            attempt = Attempt()
+            with attempt, _NoValues():
+                if next(hf.experts_modules(model), None):
+                    model.set_experts_implementation("grouped_mm")
+                if name not in NOT_ON_META:
+                    ids = torch.zeros(1, 128, dtype=torch.long)
+                    assert model(input_ids=ids, labels=ids, use_cache=False).loss.shape == ()
+        if attempt.error:
+            wrong[name] = attempt.error
+        if config.hidden_size < 2048:
+            narrow.append(name)
+        for kinds in ("layer_types", "mlp_layer_types"):
+            default = transformers.AutoConfig.for_model(name)
+            full = set(getattr(default, kinds, None) or ()) - {"mlp"}  # Nemotron 3 has no dense MLPs
+            if missing := full - set(getattr(config, kinds, None) or full):
+                wrong[name] = f"without {missing}"
+    assert not wrong
+    assert narrow == ["doge", "granitemoehybrid"]
+
+
+def test_what_was_never_timed_comes_first() -> None:
+    speeds: dict[str, dict[str, Any]] = {
+        "llama": {},
+        "mixtral": {"of": {"device": "CPU"}, "step": 1.0},
+        "afmoe": {"of": {"device": "H100"}, "step": 1.0},
+        "olmoe": {"of": {"device": "CPU"}, "error": "out of memory"},
+        "qwen3_moe": {},
+    }
+    rows = [checks.Row(name, moe=architectures.has_experts(name), speed=found) for name, found in speeds.items()]
+    ordered = speed.in_order(rows, lambda name: speed.Timed(name, device="cpu", tiny=True))
+    assert [row.model_type for row in ordered] == ["qwen3_moe", "afmoe", "olmoe", "mixtral", "llama"]
+
+
+def test_an_error_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = speed.Timed("llama", device="cpu", tiny=True)
+    found: list[str] = []
+    monkeypatch.setattr(speed, "measure", lambda options, seconds: found.append(options.model) or {"step": 2.0})
+    for before in ({"step": 1.0}, {"error": "out of memory"}):
+        row = checks.Row("llama", speed={"of": speed._conditions(timed), **before})
+        speed.measure_all([row], lambda name: timed, limit_seconds=None, seconds_per_model=1, done=lambda *_: None)
+    assert found == ["llama"]
+    assert row.speed == {"step": 2.0}
+
+
+def test_longer_rows_have_positions() -> None:
+    assert shapes.timed_config("bert", 8192).max_position_embeddings > 8192
+    assert shapes.timed_tokens("jamba", 4096) < shapes.timed_tokens("llama", 4096) == 4096
 
 
 def test_unknown_model_is_refused() -> None:

@@ -11,7 +11,7 @@ import slipstream
 from slipstream import hf_models
 from slipstream.compilation import compile_layers
 from slipstream.coverage.checks import packed_batch
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_batch, tiny_model
 
 TYPES = ["nemotron_h", "granitemoehybrid", "bamba", "qwen3_next", "qwen3_5_moe_text", "olmo_hybrid"]
 LENGTHS = (9, 23, 7)
@@ -93,3 +93,27 @@ def test_compiled_layers_keep_documents_apart() -> None:
     assert not counters["graph_break"]  # every layer is one graph
     for name, grad in expected.items():
         assert (found[name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp(min=1e-3), name
+
+
+@pytest.mark.parametrize("model_type", ["bailing_hybrid", "minimax", "jamba", "qwen3_next", "jetmoe"])
+def test_loops_over_tokens_stay_outside_of_compiled_layers(model_type: str) -> None:
+    """Inside, a graph has their steps one by one, for one length."""
+    sizes: list[int] = []
+
+    def look(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch.compiler.reset()
+    model = slipstream.accelerate(tiny_model(model_type).eval())
+    batches = [tiny_batch(1, length) for length in (300, 37, 130)]
+    with torch.no_grad():
+        expected = [model(input_ids=ids, use_cache=False).logits for ids in batches]
+        compile_layers(model, look)
+        for number, (ids, logits) in enumerate(zip(batches, expected, strict=True)):
+            torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, logits)
+            if number == 1:  # some are made once more for what the first call could not know
+                before = len(sizes)
+    assert 0 < before == len(sizes)
+    assert max(sizes) < 300, sizes
+    torch.compiler.reset()
