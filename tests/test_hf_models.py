@@ -135,3 +135,13 @@ def test_outputs_are_recorded_outside_of_layers() -> None:
                 torch.testing.assert_close(found[key], expected[key])
         assert all(one.value is None for layer in ours.model.layers for one in layer.__dict__[recorded])
         assert ours(input_ids=ids).router_logits is None
+
+
+def test_the_loops_that_stay_outside_of_graphs_are_there() -> None:
+    """By the names that Transformers gives them."""
+    for name in ("kimi_linear", "bailing_hybrid", "jamba", "mamba", "falcon_mamba", "zamba", "rwkv"):
+        assert hf_models.loops(tiny_model(name)), name
+    for name in ("minimax", "recurrent_gemma", "jetmoe"):
+        assert hf_models.looping_modules(tiny_model(name)), name
+    assert not hf_models.loops(tiny_model("llama"))
+    assert not hf_models.looping_modules(tiny_model("llama"))
