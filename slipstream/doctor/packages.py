@@ -22,7 +22,7 @@ OPTIONAL = (
     ("gguf", ("gguf",), "`slipstream upcycle` reads .gguf files"),
     ("fla", ("flash-linear-attention",), "Transformers' linear-attention layers (Qwen3-Next, …) run as kernels instead "
      "of PyTorch code; not measured here"),
-    ("mamba_ssm", ("mamba-ssm",), "the same for Mamba layers (Nemotron-H, Jamba, …)"),
+    ("mamba_ssm", ("mamba-ssm",), "the same for Mamba layers (Jamba, …); Mamba2's scan (Nemotron-H, …) is our own"),
     ("causal_conv1d", ("causal-conv1d",), "the same for the convolution in both"),
     ("flash_attn", ("flash-attn",), "allows `BackendConfig(attn='flash_attention_2')`; the default needs no package"),
     (None, ("flash-attn-4",), "allows `BackendConfig(attn='flash_attention_4')`; not measured here"),
@@ -31,7 +31,7 @@ OPTIONAL = (
     ("deep_ep", ("deep_ep", "sgl-deep-ep"), "allows `BackendConfig(dispatcher='deepep')`; the default exchange "
      "is our own; not measured here"),
     ("quack", ("quack-kernels",), "nothing yet: the experts run on PyTorch's grouped GEMM"),
-    ("transformer_engine", ("transformer-engine",), "nothing: no FP8 training"),
+    ("transformer_engine", ("transformer-engine",), "nothing: `BackendConfig(experts='fp8')` needs no package"),
 )  # fmt: skip
 
 
