@@ -11,11 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import slipstream
 from slipstream import AutoModelForCausalLM, fp8, hf
-from slipstream.compilation import compile_layers
 from slipstream.kernels.fp8 import quantize_columns, quantize_rows
 from slipstream.linear_adapters import AdapterLinear
 from slipstream.linear_fp8 import FP8Linear
-from tests.moe.test_fp8 import ONE_GEMM, error, hopper
+from tests.moe.test_fp8 import ONE_GEMM, check_training, error, hopper
 from tests.tiny_models import sgd_losses, tiny_batch, tiny_config, tiny_model
 
 
@@ -89,18 +88,7 @@ def test_a_model_trains(how: str) -> None:
         isinstance(part, FP8Linear) for _, _, router, _ in hf.routers(models[1]) for part in router.modules()
     )
     assert type(models[1].lm_head) is nn.Linear
-    if how == "compiled":
-        torch.compiler.reset()
-        torch._dynamo.utils.counters.clear()
-        compile_layers(models[1], "aot_eager")
-    bf16, rounded = (sgd_losses(model, [tiny_batch()] * 6) for model in models)
-    assert rounded[-1] < rounded[0] - 0.5
-    assert rounded == pytest.approx(bf16, rel=0.03)
-    assert rounded != bf16
-    if how == "compiled":
-        assert not torch._dynamo.utils.counters["graph_break"]
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-        torch.compiler.reset()
+    check_training(models, how == "compiled")
 
 
 @pytest.mark.usefixtures("emulated")

@@ -24,7 +24,7 @@ from torch import Tensor
 from slipstream import hf
 from slipstream.checkpoint.export import INDEX, ONE_FILE_BYTES, write_shard
 from slipstream.checkpoint.export_plan import Holding, make_plan
-from slipstream.checkpoint.output import TOKENIZER_FILES, check_output_folder, write_model
+from slipstream.checkpoint.output import TOKENIZER_FILES, check_output_folder, check_room, write_model
 from slipstream.shared_adapters import share_experts
 
 ADAPTER = "adapter_model.safetensors"
@@ -81,8 +81,7 @@ def merge(
         changes = _changes(model, config, factors, adapter_folder)
         owners = _owners(model, changes, base_folder, files)
         size = sum((base_folder / name).stat().st_size for name in files)
-        if (free := shutil.disk_usage(next(p for p in output.absolute().parents if p.exists())).free) < size:
-            raise OSError(f"--output {output}: {free / 1e9:.1f} GB free there, the model takes {size / 1e9:.1f}")
+        check_room(output, size, "--output")
         with write_model(output) as incomplete:
             for name, keys in files.items():
                 _merge_file(base_folder / name, incomplete / name, keys, owners, hf.Reversal(model), changes)

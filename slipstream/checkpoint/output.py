@@ -53,6 +53,13 @@ def check_output_folder(output: Path, sources: Sequence[Path], overwrite: bool, 
         raise ValueError(f"{name}: {output} already holds a model; name another folder or pass --overwrite")
 
 
+def check_room(output: Path, size: int, name: str) -> None:
+    """Raise OSError where the disk that `output` will be on has less than `size` bytes free. `name`: of the setting."""
+    free = shutil.disk_usage(next(parent for parent in output.absolute().parents if parent.exists())).free
+    if free < size:
+        raise OSError(f"{name} {output}: {free / 1e9:.1f} GB free there, the model takes {size / 1e9:.1f}")
+
+
 @contextmanager
 def write_model(output: Path) -> Iterator[Path]:
     """Yield a folder to write a model into; what it holds becomes `output`'s model when the block ends.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slipstream.checkpoint.dequantize import BLOCKS, SCALES, files_of
 from slipstream.checkpoint.export import INDEX, Writer
-from slipstream.checkpoint.output import TOKENIZER_FILES, check_output_folder, write_model
+from slipstream.checkpoint.output import TOKENIZER_FILES, check_output_folder, check_room, write_model
 from slipstream.checkpoint.passthrough import NBYTES
 
 BLOCK = 32  # values with one exponent
@@ -121,8 +121,7 @@ def _write(source: Path, output: Path, config: dict[str, Any], tensors: dict[str
             )
         sizes |= {name + BLOCKS: prod(shape) // 2, name + SCALES: prod(shape) // BLOCK}
     after = sum(sizes.values())
-    if (free := shutil.disk_usage(next(p for p in output.absolute().parents if p.exists())).free) < after:
-        raise OSError(f"--output {output}: {free / 1e9:.1f} GB free there, the model takes {after / 1e9:.1f}")
+    check_room(output, after, "--output")
     shards = split_state_dict_into_shards_factory(
         sizes,
         get_storage_size=lambda nbytes: nbytes,

@@ -105,10 +105,12 @@ def _norm_of_all(by_kind: dict[Any, list[Tensor]], norm_type: float) -> Tensor:
     norms = []
     for (_, dtype), tensors in by_kind.items():
         wide = dtype if dtype == torch.float64 else torch.float32
-        large = [tensor for tensor in tensors if norm_type == 2 and _is_large(tensor)]
+        large: list[Tensor] = []
+        small: list[Tensor] = []
+        for tensor in filter(torch.numel, tensors):
+            (large if norm_type == 2 and _is_large(tensor) else small).append(tensor)
         if large:
             norms.append(square_sum(large).sqrt()[None].to(device))
-        small = [tensor for tensor in tensors if tensor.numel() and not (norm_type == 2 and _is_large(tensor))]
         if small:
             norms.append(torch.stack(torch._foreach_norm(small, norm_type, dtype=wide)).to(device))
     if not norms:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slipstream.kernels.mamba2_decay import chunked, make_decay
+from slipstream.kernels.mamba2_decay import Decay, chunked, make_decay
 from slipstream.kernels.mamba2_outputs import outputs, value_grads
 from slipstream.kernels.mamba2_pairs import pair_grads
 from slipstream.kernels.mamba2_query_grads import key_grads, query_grads
@@ -106,6 +106,14 @@ def _chunk(chunk_size: int) -> int:
     return max(16, min(128, 1 << (chunk_size.bit_length() - 1)))
 
 
+def _begins(
+    x_BSHP: Tensor, steps_BSH: Tensor, A_H: Tensor, B_BSGN: Tensor, document_BS: Tensor | None, chunk_size: int
+) -> tuple[Decay, Tensor]:
+    """What forward begins with, and backward again, as neither is kept: the decay, and the state before each chunk."""
+    decay = make_decay(steps_BSH, A_H, document_BS, _chunk(chunk_size))
+    return decay, states(x_BSHP, B_BSGN, decay.to_end_BHCL * decay.steps_BHCL, decay.carry_BHC)
+
+
 # Defined by hand as in moe/grouped_mlp.py.
 torch.library.define("slipstream::mamba2_scan", f"{_INPUTS} -> Tensor")
 torch.library.define("slipstream::mamba2_scan_backward", f"(Tensor grad_BSHP, {_INPUTS[1:]} -> Tensor[]")
@@ -127,8 +135,7 @@ def _forward(
     dt_high: float,
 ) -> Tensor:
     steps_BSH = _steps(dt_BSH, dt_bias_H, dt_softplus, dt_low, dt_high).float()
-    decay = make_decay(steps_BSH, A_H, document_BS, _chunk(chunk_size))
-    begins_BHCPN = states(x_BSHP, B_BSGN, decay.to_end_BHCL * decay.steps_BHCL, decay.carry_BHC)
+    decay, begins_BHCPN = _begins(x_BSHP, steps_BSH, A_H, B_BSGN, document_BS, chunk_size)
     return outputs(C_BSGN, B_BSGN, x_BSHP, begins_BHCPN, decay, D_H)
 
 
@@ -157,8 +164,7 @@ def _backward(
     settings = dt_softplus, dt_low, dt_high
     length = x_BSHP.shape[1]
     steps_BSH = _steps(dt_BSH, dt_bias_H, *settings).float()
-    decay = make_decay(steps_BSH, A_H, document_BS, _chunk(chunk_size))
-    begins_BHCPN = states(x_BSHP, B_BSGN, decay.to_end_BHCL * decay.steps_BHCL, decay.carry_BHC)
+    decay, begins_BHCPN = _begins(x_BSHP, steps_BSH, A_H, B_BSGN, document_BS, chunk_size)
     ends_BHCPN, products_BHC = states_backward(grad_BSHP, C_BSGN, decay.into_BHCL, decay.carry_BHC, begins_BHCPN)
     grad_x, own_BHCL = value_grads(C_BSGN, B_BSGN, x_BSHP, grad_BSHP, ends_BHCPN, decay, D_H)
     pairs_BCGLL, rows_BHCL, columns_BHCL = pair_grads(C_BSGN, B_BSGN, x_BSHP, grad_BSHP, decay)
