@@ -28,8 +28,9 @@ def bench_layer(
     ceiling: float = 750.0,
     tiny: bool = False,
     iterations: int = 20,
-) -> list[dict[str, Any]]:
-    """Rows of `tokens`, `routing`, `imbalance`, `contender`, and either `error` or times, rates and memory.
+) -> Iterator[dict[str, Any]]:
+    """Yield rows of `tokens`, `routing`, `imbalance`, `contender`, and either `error` or times, rates and memory, as
+    they are measured: the slow starters last.
 
     Args:
         model: a preset with experts.
@@ -49,23 +50,21 @@ def bench_layer(
     if simulate_ep < 1 or experts % simulate_ep:
         raise ValueError(f"--simulate-ep {simulate_ep} does not divide {experts} experts")
     owner, module = _experts_module(model, experts // simulate_ep, tiny, device, dtype)
-    rows = []
     for count in tokens:
         k = top_k(config) if simulate_ep == 1 else 1
         count = count if simulate_ep == 1 else count * top_k(config)
-        for routing in ("balanced", "learned"):
-            inputs = _inputs(module, count, k, routing, device, dtype)
-            load = torch.bincount(inputs[1].flatten(), minlength=module.num_experts).float()
-            about = {
-                "tokens": count,
-                "experts": module.num_experts,
-                "top_k": k,
-                "routing": routing,
-                "imbalance": (load.max() / load.mean()).item(),
-            }
-            for name, forward in _contenders(owner, module):
-                rows.append({**about, "contender": name, **_measure(forward, module, inputs, ceiling, iterations)})
-    return rows
+        about = {"tokens": count, "experts": module.num_experts, "top_k": k}
+        inputs = {routing: _inputs(module, count, k, routing, device, dtype) for routing in ("balanced", "learned")}
+        for name, forward in _contenders(owner, module):
+            for routing, given in inputs.items():
+                load = torch.bincount(given[1].flatten(), minlength=module.num_experts).float()
+                yield {
+                    **about,
+                    "routing": routing,
+                    "imbalance": (load.max() / load.mean()).item(),
+                    "contender": name,
+                    **_measure(forward, module, given, ceiling, iterations),
+                }
 
 
 def _experts_module(model: str, experts: int, tiny: bool, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -104,13 +103,13 @@ def _contenders(owner: Any, module: Any) -> Iterator[tuple[str, Experts | str]]:
     for name, implementation in (("slipstream", "slipstream"), ("transformers grouped_mm", "grouped_mm")):
         owner.set_experts_implementation(implementation)  # until the next one is asked for
         yield name, module
-    yield "liger fused moe", _liger(module)
     weights = [parameter for parameter in module.parameters() if parameter.ndim == 3]
     if weights[0].dtype == torch.bfloat16 and not any(
         fp8.obstacle(weight.device) or fp8.width_obstacle(*weight.shape[1:]) for weight in weights
     ):
         owner.set_experts_implementation("slipstream_fp8")
         yield "slipstream fp8", module
+    yield "liger fused moe", _liger(module)  # tunes its kernels for minutes
 
 
 def _liger(module: Any) -> Experts | str:

@@ -157,10 +157,15 @@ def layer(
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in dtypes:
         raise ValueError(f"--dtype {dtype}: use {', '.join(dtypes)}")
-    rows = bench_layer(
+    rows = []
+    for row in bench_layer(
         model, [_whole("--tokens", size) for size in _listed(tokens)], parse_device(_device(device)),
         dtype=dtypes[dtype], simulate_ep=simulate_ep, ceiling=ceiling, tiny=tiny, iterations=iterations,
-    )  # fmt: skip
+    ):  # fmt: skip
+        found = row.get("error") or f"{row['ms']['forward_backward']['median']:.3f} ms forward + backward"
+        typer.echo(f"{row['tokens']} tokens, {row['routing']}, {row['contender']}: {found}", err=True)
+        rows.append(row)
+    rows.sort(key=lambda row: (row["tokens"], row["routing"]))
     columns = ("tokens", "experts", "top-k", "routing", "contender", "forward ms", "TFLOP/s", "fwd + bwd ms", "TFLOP/s",
                "of ceiling", "peak GiB")  # fmt: skip
     cells = []
