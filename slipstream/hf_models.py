@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -186,7 +186,8 @@ def causal_mask(model: Any, hidden_BSH: torch.Tensor, mask: torch.Tensor | None,
 # The functions of a modelling file that its recurrent layers call, each a kernel's where a package has it: the scans,
 # and what comes before or beside them.
 SCANS = (MAMBA_SCAN, "torch_chunk_gated_delta_rule")
-_BESIDE = ("causal_conv1d_fn", "mamba2_split_conv1d_scan_combined")
+CONVOLUTION = "causal_conv1d_fn"
+_BESIDE = (CONVOLUTION, "mamba2_split_conv1d_scan_combined")
 # Other scans that loop over chunks or tokens in Python: such functions, and modules that have the loop in a method.
 _LOOPS = ("chunk_kimi_delta_attention", "mamba_selective_scan", "rwkv_linear_attention")
 # JetMoe's count the tokens of each expert on the host and split by them: other sizes in every step.
@@ -227,10 +228,8 @@ def runs_package(function: Any) -> bool:
 
 
 def recurrent_functions(model: Any) -> dict[str, Any]:
-    """Those functions of the modelling file of `model`, by name; none where there is no scan that is known here."""
+    """Those functions of the modelling file of `model`, by name."""
     module = vars(sys.modules[type(model).__module__])
-    if not any(name in module for name in SCANS):
-        return {}
     return {name: _original(module[name]) for name in (*SCANS, *_BESIDE) if name in module}
 
 
@@ -262,10 +261,10 @@ def _replaced(original: Any, replacement: Callable[..., Any]) -> Any:
     return replaced
 
 
-def has_known_scan(config: PretrainedConfig) -> bool:
-    """Whether the recurrent layers of the architecture are of a kind that `recurrent_functions` knows."""
+def calls_any(config: PretrainedConfig, functions: Iterable[str]) -> bool:
+    """Whether the architecture's modelling file has one of those functions, which `recurrent_functions` knows."""
     model_class = causal_lm_class(config)
-    return model_class is not None and any(name in vars(sys.modules[model_class.__module__]) for name in SCANS)
+    return model_class is not None and any(name in vars(sys.modules[model_class.__module__]) for name in functions)
 
 
 def set_time_step_limit(module: Any) -> None:

@@ -26,21 +26,25 @@ OURS = "slipstream_recurrent"  # an argument that a layer hands on to the functi
 
 
 def install(model: Any) -> str | None:
-    """Let the Mamba2 and Gated DeltaNet layers of `model` use ours, in place; says what runs, None without such:
-    a package's "kernels", our own in "triton", or plain "torch"."""
-    hf_models.replace_recurrent(model, dict.fromkeys(hf_models.loops(model), _outside))
-    for module in hf_models.looping_modules(model):
+    """Let the Mamba2 layers, Gated DeltaNet and short convolutions of `model` use ours, in place; says what runs: a
+    package's "kernels", our own in "triton", plain "torch", or "compiled" where there is no scan; None where documents
+    are not kept apart."""
+    loops, looping = hf_models.loops(model), hf_models.looping_modules(model)
+    hf_models.replace_recurrent(model, dict.fromkeys(loops, _outside))
+    for module in looping:
         module.forward = MethodType(forward, module)  # named so: survives deepcopy and pickle
     functions = hf_models.recurrent_functions(model)
-    if not functions:
-        return None
     fast = [name for name, function in functions.items() if hf_models.runs_package(function)]
     hf_models.replace_recurrent(model, {name: _REPLACEMENTS[name] for name in functions if name not in fast})
+    if not functions or loops or looping:
+        return None
     for module in model.modules():
         hf_models.set_time_step_limit(module)
     model.get_decoder().register_forward_pre_hook(_tell, with_kwargs=True)
     if len(fast) == len(functions):
         return "kernels"
+    if not any(name in functions for name in hf_models.SCANS):
+        return "compiled"
     ours = hf_models.MAMBA_SCAN in functions and hf_models.MAMBA_SCAN not in fast
     return "triton" if ours and HAS_TRITON and torch.cuda.is_available() else "torch"
 
@@ -76,7 +80,8 @@ def _convolution(
     original: Any, x_BHS: Any, weight: Any, bias: Any = None, activation: Any = None, **kwargs: Any
 ) -> Any:
     document = kwargs.get(DOCUMENTS)
-    if document is None or not kwargs.get(OURS):
+    cached = document is not None and document.shape[-1] != x_BHS.shape[-1]
+    if cached or (document is None and not torch.compiler.is_compiling()):
         return original(x_BHS, weight, bias, activation=activation, **kwargs)
     return causal_conv(x_BHS, weight, bias, activation, document)
 

@@ -22,8 +22,8 @@ TOKENS = "num_tokens"  # of a packed batch, without the space left over; `count_
 PACKED_AT_ONCE = 10_000  # rows
 # Transformers' layer types whose layers mix tokens by attention, which keeps documents apart.
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid_attention")
-# Layers whose state begins anew with each document, where `slipstream.recurrent` knows their scan.
-RESETTING = ("linear_attention", "mamba")
+# Layers whose state begins anew with each document, where they call a function that `slipstream.recurrent` knows.
+RESETTING = {"linear_attention": hf_models.SCANS, "mamba": hf_models.SCANS, "conv": (hf_models.CONVOLUTION,)}
 RECURRENT = ("rwkv", "xlstm")  # they name no kinds of layers
 # Their models take position_ids and yet attend across documents, or count positions in a way of their own; found by
 # `slipstream coverage`.
@@ -56,7 +56,8 @@ def check_packing(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"data.packing: {text.model_type} does not keep the documents of a row apart; set data.packing: false"
         )
-    apart = (*ATTENTION, *NO_MIXING, *(RESETTING if hf_models.has_known_scan(config) else ()))
+    resetting = (kind for kind, functions in RESETTING.items() if hf_models.calls_any(config, functions))
+    apart = (*ATTENTION, *NO_MIXING, *resetting)
     leaky = sorted({kind for kind in kinds if kind not in apart})
     if leaky:
         raise ValueError(

@@ -13,7 +13,7 @@ from slipstream.compilation import compile_layers
 from slipstream.coverage.checks import packed_batch
 from tests.tiny_models import tiny_batch, tiny_model
 
-TYPES = ["nemotron_h", "granitemoehybrid", "bamba", "qwen3_next", "qwen3_5_moe_text", "olmo_hybrid"]
+TYPES = ["nemotron_h", "granitemoehybrid", "bamba", "qwen3_next", "qwen3_5_moe_text", "olmo_hybrid", "lfm2_moe"]
 LENGTHS = (9, 23, 7)
 
 
@@ -81,10 +81,13 @@ def test_steps_are_clamped_as_the_config_says() -> None:
     assert not any(map(hf_models.runs_package, hf_models.recurrent_functions(model).values()))
 
 
-def test_compiled_layers_keep_documents_apart() -> None:
-    model = slipstream.accelerate(tiny_model("nemotron_h"))
+@pytest.mark.parametrize(("model_type", "packed"), [("nemotron_h", True), ("lfm2_moe", False)])
+def test_compiled_layers_are_one_graph_each(model_type: str, packed: bool) -> None:
+    model = slipstream.accelerate(tiny_model(model_type))
     batch = packed_batch(LENGTHS, seed=5)
     labels = batch["input_ids"].clone()
+    if not packed:
+        batch = {"input_ids": batch["input_ids"]}
     expected = _gradients(model, batch, labels)
     compile_layers(model, backend="aot_eager")
     counters.clear()

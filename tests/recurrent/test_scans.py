@@ -146,7 +146,8 @@ def test_convolution(length: int) -> None:
     x, weight, bias = torch.randn(2, 5, length), torch.randn(5, 4), torch.randn(5)
     one = torch.zeros(2, length, dtype=torch.int32)
     expected = causal_conv1d_fn(x, weight, bias, activation="silu")
-    torch.testing.assert_close(causal_conv(x, weight, bias, "silu", one), expected)
+    for documents in (one, None):
+        torch.testing.assert_close(causal_conv(x, weight, bias, "silu", documents), expected)
     document = _documents("several", length)
     assert document is not None
     out = causal_conv(x, weight, bias, "silu", document)
