@@ -5,6 +5,7 @@ parallelism through `DistributedConfig`. Nothing of Slipstream runs inside a riv
 """
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,6 +92,8 @@ def _slipstream(job: Job, device: torch.device, ranks: int) -> Contender:
             options.config(), dtype=torch.bfloat16, backend={**options.backend, "gate": job.gate},
             distributed_setup=setup, load_in_4bit=options.load_in_4bit,
         )  # fmt: skip
+    if ranks == 1:
+        _as_loaded(model)
     described = slipstream.describe(model)
     modules = [module for _, module in hf.experts_modules(model)]
     adapted: dict[str, str] = {}
@@ -115,6 +118,16 @@ def _slipstream(job: Job, device: torch.device, ranks: int) -> Contender:
         notes=["the experts' own weights are in 4 bits, those of rivals in 16"] if options.load_in_4bit else [],
         same_weights=not options.load_in_4bit,
     )
+
+
+def _as_loaded(model: Any) -> None:
+    """`from_config` has all in one dtype; `from_pretrained` keeps some in fp32, as routers, which models rely on."""
+    from slipstream import hf
+
+    kept = hf.kept_in_float32(model, model.dtype)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if kept is not None and kept.search(name):
+            tensor.data = tensor.data.float()
 
 
 def _transformers(job: Job, device: torch.device, ranks: int) -> Contender:
@@ -142,6 +155,7 @@ def _transformers(job: Job, device: torch.device, ranks: int) -> Contender:
     with device:
         if ranks == 1:
             model = from_config()
+            _as_loaded(model)
         else:
             # Transformers' own sharding; only the values come from us, the same on every layout.
             distributed = hf.distributed_config(parallel, "all_to_all")

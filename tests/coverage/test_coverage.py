@@ -93,7 +93,7 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_speed_resumes(tmp_path: Path) -> None:
-    command = ["coverage", "--speed", "--tiny", "--seq-len", "32", "--models", "qwen3_moe,jetmoe", "--output"]
+    command = ["coverage", "--speed", "--tiny", "--no-compile", "--seq-len", "32", "--models", "qwen3_moe,jetmoe", "--output"]
     result = CliRunner().invoke(app, [*command, f"{tmp_path}/out", "--limit-seconds", "0"])
     assert result.exit_code == 0, result.output
     assert result.stderr.count("left: qwen3_moe,jetmoe") == 1
@@ -102,6 +102,12 @@ def test_speed_resumes(tmp_path: Path) -> None:
     assert [row["speed"]["step"] > 0 for row in measured] == [True, True]
     assert "qwen3_moe: step" in result.stderr
     assert "step" not in CliRunner().invoke(app, [*command, f"{tmp_path}/out"]).stderr
+
+
+def test_what_checkpoints_keep_in_fp32_is_timed_so() -> None:
+    found = speed.measure(speed.Timed("inkling2_text", device="cpu", tiny=True, seq_len=32, steps=1, warmup=1), 60)
+    assert "error" not in found, found
+    assert found["loss_error"] < 1e-2
 
 
 class _NoValues(TorchDispatchMode):
