@@ -93,7 +93,17 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_speed_resumes(tmp_path: Path) -> None:
-    command = ["coverage", "--speed", "--tiny", "--no-compile", "--seq-len", "32", "--models", "qwen3_moe,jetmoe", "--output"]
+    command = [
+        "coverage",
+        "--speed",
+        "--tiny",
+        "--no-compile",
+        "--seq-len",
+        "32",
+        "--models",
+        "qwen3_moe,jetmoe",
+        "--output",
+    ]
     result = CliRunner().invoke(app, [*command, f"{tmp_path}/out", "--limit-seconds", "0"])
     assert result.exit_code == 0, result.output
     assert result.stderr.count("left: qwen3_moe,jetmoe") == 1
