@@ -185,11 +185,11 @@ def causal_mask(model: Any, hidden_BSH: torch.Tensor, mask: torch.Tensor | None,
 
 # The functions of a modelling file that its recurrent layers call, each a kernel's where a package has it: the scans,
 # and what comes before or beside them.
-SCANS = (MAMBA_SCAN, "torch_chunk_gated_delta_rule")
+SCANS = (MAMBA_SCAN, "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 CONVOLUTION = "causal_conv1d_fn"
 _BESIDE = (CONVOLUTION, "mamba2_split_conv1d_scan_combined")
 # Other scans that loop over chunks or tokens in Python: such functions, and modules that have the loop in a method.
-_LOOPS = ("chunk_kimi_delta_attention", "mamba_selective_scan", "rwkv_linear_attention")
+_LOOPS = ("mamba_selective_scan", "rwkv_linear_attention")
 # JetMoe's count the tokens of each expert on the host and split by them: other sizes in every step.
 _LOOPING_MODULES = ("MiniMaxLightningAttention", "RecurrentGemmaRglru", "JetMoeAttention", "JetMoeMoE")
 _ORIGINAL = "slipstream_original"

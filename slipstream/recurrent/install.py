@@ -106,7 +106,9 @@ def _mamba2_with_convolution(original: Any, *args: Any, **kwargs: Any) -> None:
 def _gated_delta(original: Any, query: Any, key: Any, value: Any, g: Any, beta: Any, **kwargs: Any) -> Any:
     document = kwargs.get(DOCUMENTS)
     cached = kwargs.get("output_final_state") or kwargs.get("initial_state") is not None
-    if document is None or cached or not kwargs.get(OURS):
+    # Transformers' has thousands of small operations a layer, which a GPU waits for, and keeps what they compute.
+    theirs = document is None and value.device.type == "cpu"
+    if theirs or cached or not kwargs.get(OURS):
         return _outside(original, query, key, value, g=g, beta=beta, **kwargs)
     normalize = kwargs.get("use_qk_l2norm_in_kernel", False)
     return gated_delta_rule(query, key, value, g, beta, document, normalize), None
@@ -117,4 +119,5 @@ _REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "mamba2_chunk_scan": _mamba2,
     "mamba2_split_conv1d_scan_combined": _mamba2_with_convolution,
     "torch_chunk_gated_delta_rule": _gated_delta,
+    "chunk_kimi_delta_attention": _gated_delta,
 }

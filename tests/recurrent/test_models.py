@@ -13,7 +13,7 @@ from slipstream.compilation import compile_layers
 from slipstream.coverage.checks import packed_batch
 from tests.tiny_models import tiny_batch, tiny_model
 
-TYPES = ["nemotron_h", "granitemoehybrid", "bamba", "qwen3_next", "qwen3_5_moe_text", "olmo_hybrid", "lfm2_moe"]
+TYPES = ["nemotron_h", "granitemoehybrid", "bamba", "qwen3_next", "olmo_hybrid", "kimi_linear", "lfm2_moe"]
 LENGTHS = (9, 23, 7)
 
 

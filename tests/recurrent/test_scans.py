@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 from transformers.models.qwen3_next.modeling_qwen3_next import causal_conv1d_fn, torch_chunk_gated_delta_rule
 
+from slipstream.recurrent import gated_delta
 from slipstream.recurrent.convolution import causal_conv, documents_of
 from slipstream.recurrent.gated_delta import gated_delta_rule, gated_delta_rule_reference
 from slipstream.recurrent.mamba2 import mamba2_scan, mamba2_scan_reference
@@ -112,20 +114,22 @@ def test_mamba2_inside_a_compiled_layer() -> None:
     _close([out, *_grads(out, inputs)], [expected, *_grads(expected, inputs)], 1e-5)
 
 
-def _delta(length: int) -> list[torch.Tensor]:
+def _delta(length: int, channels: bool) -> list[torch.Tensor]:
     torch.manual_seed(length)
+    decay = -torch.rand(2, length, 4, 8) * torch.tensor([0.5, 3.0, 12.0, 0.1])[:, None]  # exp(12 * 64) has no fp32
     inputs = [
         torch.randn(2, length, 2, 8), torch.randn(2, length, 2, 8), torch.randn(2, length, 4, 6),
-        -torch.rand(2, length, 4), torch.rand(2, length, 4),
+        decay if channels else decay[..., 0], torch.rand(2, length, 4),
     ]  # fmt: skip
     return [tensor.requires_grad_() for tensor in inputs]
 
 
-@pytest.mark.parametrize("kind", ["several", "tokens"])
-@pytest.mark.parametrize("length", [1, 64, 90, 150])
-def test_gated_delta_rule(length: int, kind: str) -> None:
-    inputs, document = _delta(length), _documents(kind, length)
-    assert document is not None
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("kind", ["one", "several", "tokens"])
+@pytest.mark.parametrize("length", [1, 64, 150])
+def test_gated_delta_rule(length: int, kind: str, channels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_delta, "SEGMENT", 128)
+    inputs, document = _delta(length, channels), _documents(kind, length)
     out = gated_delta_rule(*inputs, document, normalize=True)
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     expected = gated_delta_rule_reference(*wide, document, normalize=True)
@@ -133,12 +137,24 @@ def test_gated_delta_rule(length: int, kind: str) -> None:
     _close(_grads(out, inputs), _grads(expected, wide), 1e-4)
 
 
-def test_gated_delta_rule_is_what_transformers_computes() -> None:
-    inputs = _delta(100)
-    out = gated_delta_rule(*inputs, torch.zeros(2, 100, dtype=torch.int32), normalize=True)
-    q, k, v, decay, beta = inputs
-    expected, _ = torch_chunk_gated_delta_rule(q, k, v, g=decay, beta=beta, use_qk_l2norm_in_kernel=True)
+@pytest.mark.parametrize("channels", [False, True])
+def test_gated_delta_rule_is_what_transformers_computes(channels: bool) -> None:
+    q, k, v, decay, beta = inputs = _delta(100, channels)
+    out = gated_delta_rule(*inputs, normalize=True)
+    if channels:
+        wide_q, wide_k = (x.repeat_interleave(2, 2) for x in (q, k))
+        expected, _ = chunk_kimi_delta_attention(wide_q, wide_k, v, decay, beta, use_qk_l2norm_in_kernel=True)
+    else:
+        expected, _ = torch_chunk_gated_delta_rule(q, k, v, g=decay, beta=beta, use_qk_l2norm_in_kernel=True)
     _close([out, *_grads(out, inputs)], [expected, *_grads(expected, inputs)], 1e-4)
+
+
+def test_gated_delta_rule_keeps_its_inputs_alone() -> None:
+    inputs = _delta(192, channels=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        gated_delta_rule(*inputs, normalize=True)
+    assert {tensor.data_ptr() for tensor in saved} <= {tensor.data_ptr() for tensor in inputs}
 
 
 @pytest.mark.parametrize("length", [1, 3, 40])
