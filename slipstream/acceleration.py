@@ -74,7 +74,7 @@ def accelerate(
         _linear(core, backend, adapted=core is not model),
     )
     if (scans := recurrent.install(core)) is not None:
-        faster = "" if scans != "torch" else "mamba_ssm and causal_conv1d, or fla: chunked scans in PyTorch are slow"
+        faster = "" if scans != "torch" else "mamba_ssm or fla: their scans are kernels, ours here is PyTorch"
         choices += (Choice("recurrent", scans, "states begin anew with each document of a packed row", faster),)
     checkpoint_activations(core, setup.activation_checkpointing)
     choices += _compile(core, backend)

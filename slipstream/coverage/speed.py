@@ -15,6 +15,10 @@ from slipstream.coverage.checks import Row, time_limit
 from slipstream.coverage.compare import Attempt
 from slipstream.coverage.shapes import in_words, timed_config
 from slipstream.coverage.tiny import tiny_config
+from slipstream.hf_models import beside_attention
+from slipstream.planning.flops import count_parameters, forward_flops
+from slipstream.planning.gpus import find_gpu
+from slipstream.planning.speed import least_ms
 
 RIVAL = "transformers"
 # By what people train, roughly.
@@ -95,7 +99,8 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
     Returns:
         `step` and `memory`, Transformers' over ours and ours over theirs; `milliseconds` and `gib` of either;
         `loss_error`, how far the first losses are apart; `compile_s`, our first step; `imbalance` of the routers;
-        `notes`, where a layer did not compile; `shapes`, `device` and `of`, what it was measured with. Or `error`.
+        what `limit` says; `notes`, where a layer did not compile; `shapes`, `device` and `of`, what it was measured
+        with. Or `error`.
     """
     found: dict[str, Any] = {"of": _conditions(options)}
     attempt = Attempt()
@@ -114,6 +119,7 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
     if attempt.error:
         return found | {"error": attempt.error}
     theirs, ours = results[RIVAL], results[OURS]
+    found |= limit(options, ours["device_name"], theirs["back_to_back_ms"])
     return found | {
         "step": theirs["back_to_back_ms"] / ours["back_to_back_ms"],
         "memory": ours["peak_gib"] / theirs["peak_gib"] if theirs["peak_gib"] else 1.0,
@@ -125,6 +131,19 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
         "imbalance": ours["imbalance"],
         **({"notes": ours["notes"]} if ours["notes"] else {}),
     }
+
+
+def limit(options: Timed, device: str, theirs_ms: float) -> dict[str, Any]:
+    """`others`: the kinds of layers that compute on both sides what Transformers has written in PyTorch, or a package's
+    kernels. Or, without such, `limit`: the ratio of a step of GEMMs, attention and AdamW alone."""
+    config = options.config()
+    if others := beside_attention(config):
+        return {"others": others}
+    found: dict[str, Any] = {}
+    with Attempt():  # not every config says what is counted here, such as the experts of a token
+        flops, parameters = forward_flops(config, options.seq_len), count_parameters(config).total
+        found["limit"] = theirs_ms / least_ms(flops, parameters, options.tokens, find_gpu(device))
+    return found
 
 
 def _conditions(options: Timed) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from slipstream.coverage.checks import Row
 
+AIM = 1.3
 CHECKS = ("parity", "save", "ep2", "packing", "lora")
 _INTRODUCTION = """# Coverage
 
@@ -22,8 +23,9 @@ Every causal-LM architecture of Transformers {transformers}, as `slipstream cove
 - **packing**: documents in one row don't see each other; *refused* is an error that says so before anything runs.
 - **step**, **memory**: Transformers' time of a training step over ours, and our peak memory over theirs, by
   `slipstream coverage --speed` at the shapes of the architecture's default config, fewer layers and experts where one
-  GPU has no room for them. Where layers are 7168 wide (DeepSeek-V3 and its kin) GEMMs and attention, which both
-  sides run at the same rate, are 5/6 of our step: no more than 1.4 is to be had there.
+  GPU has no room for them. A row below {aim} says why: what GEMMs, attention and AdamW alone, at the rates of
+  [planning](planning.md), would leave as the most that any kernel around them could gain, or which layers run the same
+  PyTorch code on both sides, as their packages are not installed.
 """
 
 
@@ -61,7 +63,7 @@ def as_json(rows: list[Row]) -> str:
 def as_markdown(rows: list[Row]) -> str:
     """The page `docs/coverage.md`."""
     checked = [row for row in rows if not row.why_not]
-    parts = [_INTRODUCTION.format(transformers=version("transformers"))]
+    parts = [_INTRODUCTION.format(transformers=version("transformers"), aim=AIM)]
     for title, moe in (("Mixture of experts", True), ("Dense", False)):
         part = [row for row in checked if row.moe == moe]
         if not part:
@@ -93,8 +95,18 @@ def speed_cells(speed: dict[str, Any]) -> tuple[str, str, str]:
     if "error" in speed:
         return _plain(speed["error"]), "", speed.get("shapes", "")
     tokens = f", {speed['of']['tokens']} tokens" if "of" in speed else ""
-    conditions = [f"{speed['shapes']}{tokens}", speed["device"], *map(_plain, speed.get("notes", ()))]
+    conditions = [f"{speed['shapes']}{tokens}", speed["device"], *_why(speed), *map(_plain, speed.get("notes", ()))]
     return f"{speed['step']:.2f} x", f"{speed['memory']:.2f}", ", ".join(conditions)
+
+
+def _why(speed: dict[str, Any]) -> list[str]:
+    """Why a step is not `AIM` times as fast, where that is known."""
+    if speed["step"] >= AIM:
+        return []
+    if others := speed.get("others"):
+        return [f"**{', '.join(others)}: PyTorch code on both sides**"]
+    known = speed.get("limit", 0) > speed["step"]
+    return [f"**at most {speed['limit']:.2f} x: GEMMs, attention, AdamW**"] if known else []
 
 
 def _plain(text: str) -> str:

@@ -21,9 +21,9 @@ OPTIONAL = (
     ("torchao", ("torchao",), "`train.optim: adamw_torch_8bit`: 2 bytes of optimizer state a parameter instead of 4"),
     ("gguf", ("gguf",), "`slipstream upcycle` reads .gguf files"),
     ("fla", ("flash-linear-attention",), "Transformers' linear-attention layers (Qwen3-Next, …) run as kernels instead "
-     "of PyTorch code; not measured here"),
+     "of our batched GEMMs; not measured here"),
     ("mamba_ssm", ("mamba-ssm",), "the same for Mamba layers (Jamba, …); Mamba2's scan (Nemotron-H, …) is our own"),
-    ("causal_conv1d", ("causal-conv1d",), "the same for the convolution in both"),
+    ("causal_conv1d", ("causal-conv1d",), "the convolution in both, which compiled layers have in one pass anyway"),
     ("flash_attn", ("flash-attn",), "allows `BackendConfig(attn='flash_attention_2')`; the default needs no package"),
     (None, ("flash-attn-4",), "allows `BackendConfig(attn='flash_attention_4')`; not measured here"),
     ("liger_kernel", ("liger-kernel",), "nothing: norms and RoPE are compiled into the layers and the loss is our own; "

@@ -93,6 +93,16 @@ def step_time(shape: Shape, flops: ForwardFlops, layout: Layout, gpu: Gpu) -> St
     )
 
 
+def least_ms(flops: ForwardFlops, parameters: int, tokens: int, gpu: Gpu) -> float:
+    """GEMMs, attention and AdamW alone, on bf16 weights, at the rates that were measured: what a step of `tokens` would
+    take if all else were free."""
+    peak, bandwidth = gpu.peak_tflops * 1e9, gpu.bandwidth * 1e9
+    gemms = (flops.dense + flops.head) / _USED["dense GEMM"] + flops.experts / _USED["expert GEMM"]
+    # AdamW reads weight, gradient and two moments, and writes three of them.
+    optimizer = 14 * parameters / (_USED["device memory"] * bandwidth)
+    return 3 * tokens * (gemms + flops.attention / _USED["attention"]) / peak + optimizer
+
+
 def _experts_ms(
     shape: Shape, flops: ForwardFlops, layout: Layout, peak: float, bandwidth: float, frozen: bool, again: int
 ) -> float:

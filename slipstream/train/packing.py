@@ -20,8 +20,6 @@ from slipstream.train.formats import IGNORE
 LENGTHS = "seq_lengths"  # TRL's name for the lengths of the documents of a packed row
 TOKENS = "num_tokens"  # of a packed batch, without the space left over; `count_tokens` takes it out
 PACKED_AT_ONCE = 10_000  # rows
-# Transformers' layer types whose layers mix tokens by attention, which keeps documents apart.
-ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid_attention")
 # Layers whose state begins anew with each document, where they call a function that `slipstream.recurrent` knows.
 RESETTING = {"linear_attention": hf_models.SCANS, "mamba": hf_models.SCANS, "conv": (hf_models.CONVOLUTION,)}
 RECURRENT = ("rwkv", "xlstm")  # they name no kinds of layers
@@ -30,7 +28,6 @@ RECURRENT = ("rwkv", "xlstm")  # they name no kinds of layers
 CROSSING = ("big_bird", "camembert", "data2vec-text", "falcon", "megatron-bert", "openai-gpt", "opt", "reformer",
             "rembert", "roberta", "roberta-prelayernorm", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl",
             "xmod")  # fmt: skip
-NO_MIXING = ("moe", "mlp", "dense", "sparse")
 
 
 def pack(rows: Dataset | IterableDataset, max_length: int) -> Dataset | IterableDataset:
@@ -44,9 +41,7 @@ def pack(rows: Dataset | IterableDataset, max_length: int) -> Dataset | Iterable
 def check_packing(config: PreTrainedConfig) -> None:
     """Raises: ValueError where documents would leak into each other: layers with a state that runs along the row."""
     text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
-    if text.model_type in RECURRENT:
-        kinds = ("recurrent",)
+    kinds = ["recurrent"] if text.model_type in RECURRENT else hf_models.beside_attention(config)
     if not hf_models.takes_positions(config):
         raise ValueError(
             f"data.packing: {text.model_type} takes no position_ids, which say where documents begin; set "
@@ -56,9 +51,8 @@ def check_packing(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"data.packing: {text.model_type} does not keep the documents of a row apart; set data.packing: false"
         )
-    resetting = (kind for kind, functions in RESETTING.items() if hf_models.calls_any(config, functions))
-    apart = (*ATTENTION, *NO_MIXING, *resetting)
-    leaky = sorted({kind for kind in kinds if kind not in apart})
+    resetting = [kind for kind, functions in RESETTING.items() if hf_models.calls_any(config, functions)]
+    leaky = [kind for kind in kinds if kind not in resetting]
     if leaky:
         raise ValueError(
             f"data.packing: {text.model_type} has layers of the kind {', '.join(leaky)}, whose state would carry one "

@@ -186,6 +186,19 @@ def test_an_error_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.speed == {"step": 2.0}
 
 
+def test_a_slow_row_says_why() -> None:
+    def row(model_type: str, theirs_ms: float, ours_ms: float) -> str:
+        found = speed.limit(speed.Timed(model_type, device="cpu"), "NVIDIA H200", theirs_ms)
+        measured = {"step": theirs_ms / ours_ms, "memory": 1.0, "shapes": "some", "device": "NVIDIA H200", **found}
+        return table.speed_cells(measured)[2]
+
+    assert "at most 1.44 x" in row("mixtral", 97.8, 80.9)
+    assert "at most" not in row("mixtral", 97.8, 60.0)  # what was aimed at
+    assert "at most" not in row("mixtral", 60.0, 60.0)  # more than it says: the count does not fit
+    assert "linear_attention" in row("kimi_linear", 300.0, 290.0)
+    assert row("gemma4_text", 100.0, 90.0) == "some, NVIDIA H200"
+
+
 def test_longer_rows_have_positions() -> None:
     assert shapes.timed_config("bert", 8192).max_position_embeddings > 8192
     assert shapes.timed_tokens("jamba", 4096) < shapes.timed_tokens("llama", 4096) == 4096

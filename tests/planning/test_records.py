@@ -1,5 +1,6 @@
 """Every recorded benchmark of ours against the plan: memory within 10 %, step time within 20 %."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def test_recorded_runs(path: Path) -> None:
 
 
 def test_there_are_recorded_runs() -> None:
-    assert sum(len(compare(path)) for path in RESULTS.glob("*.json")) >= 3
+    runs = (run for path in RESULTS.glob("*.json") for run in compare(path))
+    assert len(list(itertools.islice(runs, 3))) == 3
 
 
 @pytest.mark.parametrize(("file", "preset", "layers", "settings", "gib", "ms"), BY_HAND)
@@ -67,10 +69,12 @@ def test_what_ran_in_fp8_is_not_held_against_a_plan_of_16_bits(tmp_path: Path) -
 
 
 def test_what_scanned_in_plain_pytorch_is_not_held_against_a_fused_scan() -> None:
-    path = next(RESULTS.glob("*nemotron*.json"))
-    settings = next(row["settings"] for row in json.loads(path.read_text())["rows"] if row["contender"] == "slipstream")
-    assert settings["recurrent"] == "torch"
-    assert compare(path) == []
+    compared = {}
+    for path in RESULTS.glob("*nemotron*.json"):
+        rows = json.loads(path.read_text())["rows"]
+        settings = next(row["settings"] for row in rows if row["contender"] == "slipstream")
+        compared[settings["recurrent"]] = len(compare(path))
+    assert compared == {"torch": 0, "triton": 1}
 
 
 def test_a_run_with_experts_in_4_bits_is_planned_as_one(tmp_path: Path) -> None:
