@@ -5,7 +5,7 @@ benchmarks, so a model takes it by name.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,9 @@ from slipstream.moe.packed import is_packed, packed
 from slipstream.moe.routing import balanced_index
 from slipstream.numerics import compute_dtype
 
-# On an experts module with adapters: what gives the one of a projection (by its name, in a dtype), or None.
+# On an experts module with adapters: what gives those of projections (by name, in a dtype), None for one without.
 ADAPTERS = "_slipstream_adapters"
-Adapters = Callable[[str, torch.dtype], LowRank | None]
+Adapters = Callable[[Sequence[str], torch.dtype], Sequence[LowRank | None]]
 
 
 def implementation(fp8: bool = False, balanced: bool = False) -> str:
@@ -116,9 +116,7 @@ def run_mlp(
         up, down, up_bias, down_bias = projections(experts)
         mlp, dtype = partial(mlp, fp8=True) if fp8 else mlp, up.dtype
     lora: Adapters | None = getattr(experts, ADAPTERS, None)
-    up_lora, down_lora = None, None
-    if lora is not None:
-        up_lora, down_lora = (lora(name, dtype) for name in projection_names(experts))
+    up_lora, down_lora = (None, None) if lora is None else lora(projection_names(experts), dtype)
     return mlp(*tokens, up, down, activation, up_bias, down_bias, up_lora=up_lora, down_lora=down_lora, **settings)
 
 

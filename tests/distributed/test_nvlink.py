@@ -11,12 +11,13 @@ import sys
 import time
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
 from slipstream import AutoModelForCausalLM, fp8, kernels
@@ -30,9 +31,11 @@ from slipstream.moe.lora import LowRank
 from slipstream.moe.reference import experts_reference
 from tests.distributed import test_dispatch
 from tests.distributed.harness import RankFailedError, run_ranks
+from tests.distributed.test_adapters import adapt
 from tests.distributed.test_dispatch import ALL_EMPTY, EMPTY_RANK, EVEN, LOCAL_EXPERTS, RAGGED, TOP_K
+from tests.distributed.test_training import full, worst
 from tests.kernels.conditions import INTERPRETED
-from tests.tiny_models import sgd_losses, tiny_config
+from tests.tiny_models import sgd_losses, tiny_batch, tiny_config, tiny_model
 
 HIDDEN, INTERMEDIATE = 24, 16
 OPERATOR: Any = sys.modules[nvlink_experts.__module__]
@@ -330,20 +333,72 @@ def _train(dispatcher: str, compiled: bool, adapted: bool = False, experts: str 
     return losses, -1 if counters["graph_break"] else counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.slow
-@runnable
-def test_adapters_train_as_with_all_to_all() -> None:
-    expected, found = (run(_train, 2, name, False, True) for name in ("all_to_all", "nvlink"))
-    assert [losses for losses, _ in found] == [pytest.approx(losses, rel=1e-4) for losses, _ in expected]
+class Adapted(NamedTuple):
+    model_type: str
+    only: str = ""  # the projection that has an adapter, not both
+    shared: bool = False
+    twice: bool = False
+    in_4bit: bool = False
+
+
+def _adapters_gradients(cases: dict[Adapted, Path]) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """The loss of the model and the adapter in each folder, and the gradients, on as many ranks as there are."""
+    ranks, rank, setup, backend = 1, 0, None, {"compile": "none"}
+    if dist.is_initialized():
+        ranks, rank, setup, backend["dispatcher"] = dist.get_world_size(), dist.get_rank(), {"ep_size": 2}, "nvlink"
+        NvlinkDispatcher.dispatch = None  # type: ignore[method-assign, assignment]  # what a fallback would call
+    found = []
+    for case, folder in cases.items():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, distributed_setup=setup, backend=backend, load_in_4bit=case.in_4bit
+        )
+        model = PeftModel.from_pretrained(model.train(), folder / "adapter", is_trainable=True)
+        if case.twice:
+            model.load_adapter(folder / "adapter", "other", is_trainable=True)
+            model.base_model.set_adapter(["default", "other"])
+        ids = tiny_batch(2, 8)[rank * 2 // ranks : (rank + 1) * 2 // ranks]
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        mean = loss.detach().clone()
+        if ranks > 1:
+            dist.all_reduce(mean)
+        grads = {name: full(p.grad) for name, p in model.named_parameters() if p.requires_grad}
+        found.append((mean.item() / ranks, grads))
+    return found
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreted")
+def test_adapters_train_as_in_one_process(tmp_path: Path) -> None:
+    """The same loss and gradients, without a dispatch around the experts."""
+    cases = {
+        Adapted("qwen3_moe", twice=True): {"target_modules": []},
+        Adapted("qwen3_moe", only="gate_up_proj", shared=True): {"use_rslora": True},
+        Adapted("gpt_oss", in_4bit=True): {},  # with biases
+    }
+    folders = {case: tmp_path / str(position) for position, case in enumerate(cases)}
+    for case, settings in cases.items():
+        model = tiny_model(case.model_type, None, num_hidden_layers=1)
+        model.save_pretrained(folders[case])
+        targets = [name for name in all_experts(model) if name.endswith(case.only)]
+        adapt(model, case.shared, target_parameters=targets, **settings).save_pretrained(folders[case] / "adapter")
+    expected = _adapters_gradients(folders)
+    for results in run(_adapters_gradients, 2, folders):
+        for case, (loss, grads), (wanted, references) in zip(cases, results, expected, strict=True):
+            assert loss == pytest.approx(wanted, rel=1e-5), case
+            assert any(".experts." in name for name in grads)
+            error, name = worst(grads, references)
+            assert error < 1e-4, (case, name)
 
 
 @pytest.mark.slow
 @runnable
-def test_a_model_trains_as_with_all_to_all() -> None:
-    expected, found = (run(_train, 2, *how) for how in (("all_to_all", False), ("nvlink", True)))
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapters"])
+def test_a_model_trains_as_with_all_to_all(adapted: bool) -> None:
+    expected, found = (run(_train, 2, *how, adapted) for how in (("all_to_all", False), ("nvlink", True)))
     for (losses, graphs), (wanted, _) in zip(found, expected, strict=True):
         assert losses == pytest.approx(wanted, rel=1e-4)
-        assert graphs == 1, "the compiled layers share one graph, which contains the exchange"
+        # With frozen weights what enters the first layer needs no gradient, which is a graph of its own.
+        assert graphs == (2 if adapted else 1), "compiled layers share a graph, which contains the exchange"
 
 
 def _train_in_fp8(dispatcher: str) -> tuple[list[float], int]:
