@@ -20,20 +20,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from slipstream import hf, linear_adapters, shared_adapters
 from slipstream.checkpoint.export import Team
 from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR
 from slipstream.moe.experts import ADAPTERS, projection_names
 from slipstream.moe.lora import LowRank, low_rank
+from slipstream.parallel.gather import Spread, gather_parts, spread_over
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 _AVERAGED = "_slipstream_averaged"
+_SPREAD = "_slipstream_spread"  # on a factor's layer: which ranks hold its rows
 # Settings that PEFT has for linear layers but not for parameters, and what leaves them out.
 _NOT_FOR_PARAMETERS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
 
@@ -185,15 +186,19 @@ class _Adapters:
     def __init__(self) -> None:
         self.wrappers: list[Any] = []
 
-    def __call__(self, name: str, dtype: torch.dtype) -> LowRank | None:
-        parts = [
-            _factors(wrapper, adapter, dtype)
+    def __call__(self, names: Sequence[str], dtype: torch.dtype) -> list[LowRank | None]:
+        used = [
+            (name, wrapper, adapter)
+            for name in names
             for wrapper in self.wrappers
             if wrapper.parameter_name == name and not wrapper.disable_adapters and not wrapper.merged
             for adapter in wrapper.active_adapters
             if adapter in wrapper.lora_A
         ]
-        return low_rank(parts, dtype) if parts else None
+        parts: dict[str, list[tuple[Tensor, Tensor, float]]] = {name: [] for name in names}
+        for (name, wrapper, adapter), (a, b) in zip(used, _factors([entry[1:] for entry in used], dtype), strict=True):
+            parts[name].append((a, b, wrapper.scaling[adapter]))
+        return [low_rank(parts[name], dtype) if parts[name] else None for name in names]
 
 
 def _attach(wrapper: Any) -> None:
@@ -218,42 +223,39 @@ def _unload(original: Any) -> Any:
     return unload_and_optionally_merge_module
 
 
-def _factors(wrapper: Any, adapter: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """An adapter's factors of this rank's experts, `[E, r, in]` and `[out, r, E]`, and its scaling."""
-    experts, total, rank = wrapper.get_base_layer(), wrapper.num_experts, wrapper.r[adapter]
-    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-    if isinstance(a, DTensor):
-        divided = hasattr(experts, GRADIENT_DIVISOR)  # the exchange has divided what comes from the ranks' sum
-        a, b = (_whole(factor, dtype, 1.0 if divided else 1 / a.device_mesh.size()) for factor in (a, b))
-    a, b = shared_adapters.by_expert(a, b, rank, total)
-    first = getattr(experts, FIRST_EXPERT, None)
-    if first is not None:
-        a, b = a.narrow(0, first, experts.num_experts), b.narrow(2, first, experts.num_experts)
-    return a, b, wrapper.scaling[adapter]
+def _factors(used: Sequence[tuple[Any, str]], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """The factors of this rank's experts, `[E, r, in]` and `[out, r, E]`, of adapters of wrappers around one module."""
+    if not used:
+        return []
+    experts = used[0][0].get_base_layer()
+    layers = [factors[adapter] for wrapper, adapter in used for factors in (wrapper.lora_A, wrapper.lora_B)]
+    matrices = [layer.weight for layer in layers]
+    divided = hasattr(experts, GRADIENT_DIVISOR)  # the exchange has divided what comes from the ranks' sum
+    here = [False] * len(matrices)
+    if isinstance(matrices[0], DTensor):
+        # Where an expert has one owner, its rows of A lie with it.
+        here[::2] = [divided and not shared_adapters.is_shared(*one) for one in used]
+        apart = [matrix for matrix, own in zip(matrices, here, strict=True) if not own]
+        share = 1.0 if divided else 1 / matrices[0].device_mesh.size()
+        whole = iter((_whole if divided else _whole_outside)(apart, getattr(layers[0], _SPREAD), share, dtype))
+        matrices = [matrix.to_local() if own else next(whole) for matrix, own in zip(matrices, here, strict=True)]
+    first, found = getattr(experts, FIRST_EXPERT, None), []
+    for (wrapper, adapter), a, b, own in zip(used, matrices[::2], matrices[1::2], here[::2], strict=True):
+        a_ErA, b_BrE = shared_adapters.by_expert(a, b, wrapper.r[adapter], wrapper.num_experts)
+        if first is not None:
+            b_BrE = b_BrE.narrow(2, first, experts.num_experts)
+            a_ErA = a_ErA if own else a_ErA.narrow(0, first, experts.num_experts)
+        found.append((a_ErA, b_BrE))
+    return found
 
 
-class _Whole(torch.autograd.Function):
-    """All of a factor, in the dtype to compute in. Its gradient is `share` of the ranks' sum, in the factor's own."""
-
-    @staticmethod
-    def forward(ctx: Any, factor: DTensor, dtype: torch.dtype, share: float) -> Tensor:
-        ctx.layout, ctx.dtype, ctx.share = (factor.device_mesh, factor.placements), factor.dtype, share
-        own: Any = factor.detach().to(dtype)
-        whole: Tensor = own.full_tensor()
-        return whole
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[DTensor, None, None]:
-        mesh, placements = ctx.layout
-        of_rank = DTensor.from_local(grad.to(ctx.dtype) * ctx.share, mesh, [Partial()] * mesh.ndim, run_check=False)
-        return of_rank.redistribute(placements=placements), None, None
+def _whole(factors: Sequence[DTensor], over: Spread, share: float, dtype: torch.dtype) -> list[Tensor]:
+    rows = [factor.shape[0] for factor in factors]
+    return gather_parts([factor.to_local() for factor in factors], rows, over, share, dtype)
 
 
-@torch.compiler.disable
-def _whole(factor: DTensor, dtype: torch.dtype, share: float) -> Tensor:
-    whole: Tensor = _Whole.apply(factor, dtype, share)
-    return whole
+# A compiled layer stops here and goes on: torch 2.13 cannot compile a DTensor inside of a checkpoint.
+_whole_outside = torch.compiler.disable(_whole)
 
 
 def _update_layer(original: Any) -> Any:
@@ -275,15 +277,19 @@ def _update_layer(original: Any) -> Any:
         for factors in (self.lora_A, self.lora_B):
             linear = factors[adapter_name]
             linear.weight = nn.Parameter(_spread(linear.weight.data, mesh), linear.weight.requires_grad)
+            setattr(linear, _SPREAD, spread_over(mesh, _replicated(mesh)))
 
     return update_layer
 
 
 def _spread(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
     """`tensor` by its rows over the ranks of `mesh` that hold different experts; the values are rank 0's."""
-    names = mesh.mesh_dim_names or ("",) * mesh.ndim
-    placements = [Replicate() if name == "dp_replicate" else Shard(0) for name in names]
+    placements = [Replicate() if same else Shard(0) for same in _replicated(mesh)]
     return distribute_tensor(tensor.to(mesh.device_type), mesh, placements)
+
+
+def _replicated(mesh: DeviceMesh) -> list[bool]:
+    return [name == "dp_replicate" for name in mesh.mesh_dim_names or ("",) * mesh.ndim]
 
 
 def _is_spread(model: Any) -> bool:

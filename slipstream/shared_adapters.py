@@ -39,9 +39,9 @@ def share_experts(config: "LoraConfig", share: bool = True) -> "LoraConfig":
 
 def by_expert(a: Tensor, b: Tensor, rank: int, experts: int) -> tuple[Tensor, Tensor]:
     """A wrapper's factors as `[E, r, in]` and `[out, r, E]`, views: of a pair for each expert, or of one for all."""
-    if a.shape[0] == rank:
+    if b.shape[1] == rank:
         return a.expand(experts, -1, -1), b[:, :, None].expand(-1, -1, experts)
-    return a.view(experts, rank, -1), b.view(-1, rank, experts)
+    return a.view(-1, rank, a.shape[1]), b.view(-1, rank, experts)
 
 
 def shrink(wrapper: Any, adapter: str, config: Any) -> None:
@@ -63,14 +63,14 @@ def expanded(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, wrapper in _wrappers(model):
         for adapter in wrapper.lora_A:
             keys = [f"{name}.lora_{kind}.{adapter}.weight" for kind in "AB"]
-            if keys[0] in tensors and _is_shared(wrapper, adapter):
+            if keys[0] in tensors and is_shared(wrapper, adapter):
                 tensors |= zip(keys, _whole(wrapper, adapter, *(tensors[key] for key in keys)), strict=True)
     return tensors
 
 
 def has_shared(model: nn.Module) -> bool:
     """Whether any adapter of `model` has one pair for all experts."""
-    return any(_is_shared(wrapper, adapter) for _, wrapper in _wrappers(model) for adapter in wrapper.lora_A)
+    return any(is_shared(wrapper, adapter) for _, wrapper in _wrappers(model) for adapter in wrapper.lora_A)
 
 
 def patch() -> None:
@@ -92,7 +92,8 @@ def _wrappers(model: nn.Module) -> Any:
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "parameter_name"))
 
 
-def _is_shared(wrapper: Any, adapter: str) -> bool:
+def is_shared(wrapper: Any, adapter: str) -> bool:
+    """Whether the adapter of `wrapper` has one pair for all experts."""
     shared: bool = wrapper.num_experts > 1 and wrapper.lora_A[adapter].weight.shape[0] == wrapper.r[adapter]
     return shared
 
@@ -164,7 +165,7 @@ class _WithWholeFactors:
 def _of_whole(original: Any) -> Any:
     @functools.wraps(original)
     def get(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        of: Any = _WithWholeFactors(self, adapter_name) if _is_shared(self, adapter_name) else self
+        of: Any = _WithWholeFactors(self, adapter_name) if is_shared(self, adapter_name) else self
         return original(of, adapter_name, *args, **kwargs)
 
     return get

@@ -5,7 +5,7 @@ benchmarks, so a model takes it by name.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,9 @@ from slipstream.moe.packed import is_packed, packed
 from slipstream.moe.routing import balanced_index
 from slipstream.numerics import compute_dtype
 
-# On an experts module with adapters: what gives the one of a projection (by its name, in a dtype), or None.
+# On an experts module with adapters: what gives those of projections (by name, in a dtype), None for one without.
 ADAPTERS = "_slipstream_adapters"
-Adapters = Callable[[str, torch.dtype], LowRank | None]
+Adapters = Callable[[Sequence[str], torch.dtype], Sequence[LowRank | None]]
 
 
 def implementation(fp8: bool = False, balanced: bool = False) -> str:
@@ -77,30 +77,47 @@ def experts_forward(
     Raises:
         ValueError: `fp8` for experts that don't run as one operator on 16-bit weights, or where no GPU can.
     """
-    if fp8 and (problem := fp8_obstacle(experts)) is not None:
-        raise ValueError(f"BackendConfig(experts='fp8'): {problem}; use experts='auto'")
     activation: Any = activation_name(experts)
-    mlp: Any = partial(grouped_mlp, fp8=True) if fp8 else grouped_mlp
-    up: Any
-    down: Any
+    mlp: Any = grouped_mlp
     if not is_fused(experts):
         # Backward has to reach parameters that lie between or behind the two projections.
         post_norm = experts.post_expert_norm if experts.has_post_expert_norm else None
         mlp, activation = partial(grouped_mlp_autograd, post_norm=post_norm), own_function(experts)
+    tokens = (x_TH, weights_TK, idx_TK)
+    return run_mlp(experts, mlp, grouped_mlp_4bit, tokens, activation, fp8, num_rows=num_rows)
+
+
+def run_mlp(
+    experts: Any,
+    mlp: Any,
+    mlp_4bit: Any,
+    tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    activation: Any,
+    fp8: bool,
+    **settings: Any,
+) -> torch.Tensor:
+    """`mlp` of `tokens` (states, weights, ids) with the weights, biases and adapters of `experts`.
+
+    Args:
+        mlp, mlp_4bit: `grouped_mlp` or alike, and `grouped_mlp_4bit` or alike, for weights that are stored so.
+        settings: passed on.
+
+    Raises:
+        ValueError: as `experts_forward`.
+    """
+    if fp8 and (problem := fp8_obstacle(experts)) is not None:
+        raise ValueError(f"BackendConfig(experts='fp8'): {problem}; use experts='auto'")
+    up: Any
+    down: Any
     if is_packed(experts):
         up, down, up_bias, down_bias, dtype = packed_projections(experts)
-        mlp = partial(grouped_mlp_4bit, transposed=experts.is_transposed, dtype=dtype)
+        mlp = partial(mlp_4bit, transposed=experts.is_transposed, dtype=dtype)
     else:
         up, down, up_bias, down_bias = projections(experts)
-        dtype = up.dtype
+        mlp, dtype = partial(mlp, fp8=True) if fp8 else mlp, up.dtype
     lora: Adapters | None = getattr(experts, ADAPTERS, None)
-    up_lora, down_lora = None, None
-    if lora is not None:
-        up_lora, down_lora = (lora(name, dtype) for name in projection_names(experts))
-    return mlp(
-        x_TH, weights_TK, idx_TK, up, down, activation, up_bias_EN=up_bias, down_bias_EH=down_bias, num_rows=num_rows,
-        up_lora=up_lora, down_lora=down_lora,
-    )  # fmt: skip
+    up_lora, down_lora = (None, None) if lora is None else lora(projection_names(experts), dtype)
+    return mlp(*tokens, up, down, activation, up_bias, down_bias, up_lora=up_lora, down_lora=down_lora, **settings)
 
 
 def fp8_obstacle(experts: Any) -> str | None:

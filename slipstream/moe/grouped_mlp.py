@@ -35,7 +35,7 @@ _INPUTS = (
     "Tensor? up_bias_EN, Tensor? down_bias_EH, "
     "Tensor? up_a_EHr, Tensor? up_b_ErN, Tensor? down_a_EIr, Tensor? down_b_ErH, str activation, bool fp8"
 )
-_TENSORS = 11  # of them
+TENSORS = 11  # of them
 
 
 def grouped_mlp(
@@ -94,13 +94,32 @@ def run_experts(
 ) -> tuple[Tensor, ...]:
     """The output, and for backward: the pre-activation without its bias, and the routing."""
     routing = sort_by_expert(idx_TK, up_EHN.shape[0], num_rows)
-    rows_RH = gather_rows(x_TH, routing.slot_R, idx_TK.shape[1], routing.ends_E, up_EHN.dtype)
+    weights = (up_EHN, down_EIH, up_bias_EN, up_a_EHr, up_b_ErN, down_a_EIr, down_b_ErH)
+    y_RH, hidden_RN = mlp_of_rows(x_TH, routing, *weights, activation, fp8)
+    out_TH = sum_rows(y_RH, routing.row_TK, weights_TK, x_TH.dtype, down_bias_EH, idx_TK)
+    return out_TH, hidden_RN, *routing
+
+
+def mlp_of_rows(
+    x_TH: Tensor,
+    routing: Routing,
+    up_EHN: Tensor,
+    down_EIH: Tensor,
+    up_bias_EN: Tensor | None,
+    up_a_EHr: Tensor | None,
+    up_b_ErN: Tensor | None,
+    down_a_EIr: Tensor | None,
+    down_b_ErH: Tensor | None,
+    activation: str,
+    fp8: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each row's output, without weights and the bias of down, and its pre-activation, without that of up."""
+    rows_RH = gather_rows(x_TH, routing.slot_R, routing.row_TK.shape[1], routing.ends_E, up_EHN.dtype)
     hidden_RN, _ = project(rows_RH, up_EHN, up_a_EHr, up_b_ErN, routing, fp8)
     del rows_RH
     act_RI = activate(function_named(activation), hidden_RN, up_bias_EN, routing)
     y_RH, _ = project(act_RI, down_EIH, down_a_EIr, down_b_ErH, routing, fp8)
-    out_TH = sum_rows(y_RH, routing.row_TK, weights_TK, x_TH.dtype, down_bias_EH, idx_TK)
-    return out_TH, hidden_RN, *routing
+    return y_RH, hidden_RN
 
 
 @torch.library.register_fake("slipstream::experts")
@@ -145,27 +164,22 @@ def run_experts_backward(
     """Gradients of x, weights, up, down, the biases and the adapters' factors: those that `needs` asks for, in the
     order of the arguments."""
     need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias, *need_factors = needs
-    need_up_lora, need_down_lora = any(need_factors[:2]), any(need_factors[2:])
+    of_up, of_down = (need_up, *need_factors[:2]), (need_down, *need_factors[2:])
     route, top_k = Routing(*routing), idx_TK.shape[1]
-    grads: dict[int, Tensor] = {}
+    grads: dict[int, Any] = {}
 
     grad_RH = gather_rows(grad_TH, route.slot_R, top_k, route.ends_E, down_EIH.dtype)
     # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
-    grad_act_RI, low_grad_Rr = project(grad_RH, *_transposed(down_EIH, down_b_ErH, down_a_EIr), route, fp8)
+    grad_act_RI, low_grad_Rr = project(grad_RH, *transposed(down_EIH, down_b_ErH, down_a_EIr), route, fp8)
     through = activation_gradients(function_named(activation), hidden_RN, up_bias_EN, route, grad_act_RI, weights_TK)
     del grad_act_RI
     if need_weights:
         grads[1] = through.weights_TK
         if down_bias_EH is not None:
             grads[1] = grads[1] + bias_products(grad_TH, down_bias_EH, idx_TK).to(grads[1].dtype)
-    if need_down:
-        grads[3] = weight_grad(through.weighted_RI, grad_RH, route.ends_E, down_EIH)
-    if need_down_lora:
-        assert down_a_EIr is not None
-        assert down_b_ErH is not None
-        grads[8], grads[9] = factor_grads(
-            through.weighted_RI, grad_RH, low_grad_Rr, down_a_EIr, down_b_ErH, route.ends_E
-        )
+    grads[3], grads[8], grads[9] = projection_grads(
+        of_down, through.weighted_RI, grad_RH, low_grad_Rr, down_EIH, down_a_EIr, down_b_ErH, route.ends_E
+    )
     del grad_RH
     if need_down_bias:
         grads[5] = weights_by_expert(weights_TK, idx_TK, down_EIH).t() @ grad_TH.to(down_EIH.dtype)
@@ -173,20 +187,33 @@ def run_experts_backward(
         grads[4] = bias_grad(through.hidden_RN, route.ends_E)
     low_hidden_Rr = None
     if need_x:
-        grad_rows_RH, low_hidden_Rr = project(through.hidden_RN, *_transposed(up_EHN, up_b_ErN, up_a_EHr), route, fp8)
+        grad_rows_RH, low_hidden_Rr = project(through.hidden_RN, *transposed(up_EHN, up_b_ErN, up_a_EHr), route, fp8)
         grads[0] = sum_rows(grad_rows_RH, route.row_TK, None, x_TH.dtype)
         del grad_rows_RH
-    if need_up or need_up_lora:
+    if any(of_up):
         rows_RH = gather_rows(x_TH, route.slot_R, top_k, route.ends_E, up_EHN.dtype)
-        if need_up:
-            grads[2] = weight_grad(rows_RH, through.hidden_RN, route.ends_E, up_EHN)
-        if need_up_lora:
-            assert up_a_EHr is not None
-            assert up_b_ErN is not None
-            grads[6], grads[7] = factor_grads(
-                rows_RH, through.hidden_RN, low_hidden_Rr, up_a_EHr, up_b_ErN, route.ends_E
-            )
+        grads[2], grads[6], grads[7] = projection_grads(
+            of_up, rows_RH, through.hidden_RN, low_hidden_Rr, up_EHN, up_a_EHr, up_b_ErN, route.ends_E
+        )
     return [grads[position] for position, need in enumerate(needs) if need]
+
+
+def projection_grads(
+    needs: Sequence[bool],
+    rows_RA: Tensor,
+    grads_RB: Tensor,
+    low_grads_Rr: Tensor | None,
+    weight_EAB: Tensor,
+    a_EAr: Tensor | None,
+    b_ErB: Tensor | None,
+    ends_E: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a projection's weight and of its two factors where `needs` asks for them; of both or no factors.
+    The rest is what `weight_grad` and `factor_grads` take."""
+    of_weight = weight_grad(rows_RA, grads_RB, ends_E, weight_EAB) if needs[0] else None
+    if not any(needs[1:]) or a_EAr is None or b_ErB is None:
+        return of_weight, None, None
+    return of_weight, *factor_grads(rows_RA, grads_RB, low_grads_Rr, a_EAr, b_ErB, ends_E)
 
 
 @torch.library.register_fake("slipstream::experts_backward")
@@ -220,7 +247,7 @@ def register_autograd(name: str) -> None:
     operator = getattr(torch.ops.slipstream, f"{name}_backward")
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, ctx.settings = inputs[:_TENSORS], inputs[_TENSORS:-1]
+        tensors, ctx.settings = inputs[:TENSORS], inputs[TENSORS:-1]
         _, hidden_RN, *routing = output
         ctx.mark_non_differentiable(hidden_RN, *routing)
         ctx.set_materialize_grads(False)
@@ -234,21 +261,20 @@ def register_autograd(name: str) -> None:
             found: list[Tensor] = operator(grad_TH, *tensors, *ctx.settings, hidden_RN, routing, needs)
             return found
 
-        positions = [position for position in range(_TENSORS) if position != 2]  # the ids have no gradient
-        return needed_gradients(ctx, grad_TH, positions, gradients)
+        return needed_gradients(ctx, grad_TH, gradients)
 
     torch.library.register_autograd(f"slipstream::{name}", backward, setup_context=save)
 
 
 def needed_gradients(
-    ctx: Any, grad_TH: Tensor | None, positions: Sequence[int], gradients: Callable[[list[bool]], list[Tensor]]
+    ctx: Any, grad_TH: Tensor | None, gradients: Callable[[list[bool]], list[Tensor]]
 ) -> tuple[Tensor | None, ...]:
-    """What an operator's autograd backward returns.
+    """What the autograd backward of an operator on `_INPUTS` returns.
 
     Args:
-        positions: of the inputs that have gradients.
-        gradients: from which of these are needed to the gradients of those alone.
+        gradients: from which of the inputs' gradients are needed, the ids left out, to those alone.
     """
+    positions = [position for position in range(TENSORS) if position != 2]
     needs = [ctx.needs_input_grad[position] for position in positions]
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad_TH is not None and any(needs):
@@ -285,7 +311,7 @@ torch.library.impl("slipstream::experts_backward", "default", run_experts_backwa
 register_autograd("experts")
 
 
-def _transposed(weight: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def transposed(weight: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What projects backwards: the transposes of a weight and of two factors."""
     return weight.transpose(1, 2), None if a is None else a.transpose(1, 2), None if b is None else b.transpose(1, 2)
 

@@ -31,7 +31,7 @@ class Packed(NamedTuple):
     inner: tuple[int, int]
 
 
-_INPUTS = (
+INPUTS = (
     "(Tensor x_TH, Tensor weights_TK, Tensor idx_TK, Tensor up_EP, Tensor down_EP, "
     "Tensor? up_bias_EN, Tensor? down_bias_EH, "
     "Tensor? up_a_EHr, Tensor? up_b_ErN, Tensor? down_a_EIr, Tensor? down_b_ErH, str activation, "
@@ -46,13 +46,14 @@ def grouped_mlp_4bit(
     up: Packed,
     down: Packed,
     activation: str,
-    transposed: bool,
-    dtype: torch.dtype,
     up_bias_EN: Tensor | None = None,
     down_bias_EH: Tensor | None = None,
     num_rows: int | None = None,
     up_lora: LowRank | None = None,
     down_lora: LowRank | None = None,
+    *,
+    transposed: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """As `grouped_mlp`, with packed weights, which get no gradient.
 
@@ -68,11 +69,11 @@ def grouped_mlp_4bit(
 
 
 torch.library.define(
-    "slipstream::experts_4bit", f"{_INPUTS}, SymInt? num_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "slipstream::experts_4bit", f"{INPUTS}, SymInt? num_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 torch.library.define(
     "slipstream::experts_4bit_backward",
-    f"(Tensor grad_TH, {_INPUTS[1:]}, Tensor hidden_RN, Tensor[] routing, bool[] needs) -> Tensor[]",
+    f"(Tensor grad_TH, {INPUTS[1:]}, Tensor hidden_RN, Tensor[] routing, bool[] needs) -> Tensor[]",
 )
 
 
@@ -84,7 +85,7 @@ def dequantized(packed_EP: Tensor, inner: Sequence[int], transposed: bool, dtype
 
 def _forward(x_TH: Tensor, weights_TK: Tensor, idx_TK: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     up_EP, down_EP, *others, activation, up_inner, down_inner, transposed, dtype, num_rows = rest
-    weights = _both(up_EP, down_EP, up_inner, down_inner, transposed, dtype)
+    weights = both(up_EP, down_EP, up_inner, down_inner, transposed, dtype)
     arguments = (x_TH, weights_TK, idx_TK, *weights, *others, activation, False, num_rows)
     return run_experts(*arguments)
 
@@ -92,16 +93,17 @@ def _forward(x_TH: Tensor, weights_TK: Tensor, idx_TK: Tensor, *rest: Any) -> tu
 def _gradients(grad_TH: Tensor, x_TH: Tensor, weights_TK: Tensor, idx_TK: Tensor, *rest: Any) -> list[Tensor]:
     """Those that `needs` asks for, in the order of `run_experts_backward`; never the weights'."""
     up_EP, down_EP, *others, activation, up_inner, down_inner, transposed, dtype, hidden_RN, routing, needs = rest
-    weights = _both(up_EP, down_EP, up_inner, down_inner, transposed, dtype)
+    weights = both(up_EP, down_EP, up_inner, down_inner, transposed, dtype)
     inputs = (x_TH, weights_TK, idx_TK, *weights, *others)
     arguments = (grad_TH, *inputs, activation, False, hidden_RN, routing, needs)
     return run_experts_backward(*arguments)
 
 
-def _both(
+def both(
     up_EP: Tensor, down_EP: Tensor, up_inner: Sequence[int], down_inner: Sequence[int], transposed: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Up and down, `dequantized`."""
     return dequantized(up_EP, up_inner, transposed, dtype), dequantized(down_EP, down_inner, transposed, dtype)
 
 

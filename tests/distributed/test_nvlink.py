@@ -11,27 +11,23 @@ import sys
 import time
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
-from slipstream import AutoModelForCausalLM, fp8, kernels
-from slipstream.adapters import all_experts
-from slipstream.compilation import compile_layers
 from slipstream.kernels.expert_activation import Activation
-from slipstream.moe import grouped_mm
 from slipstream.moe.activation import register
 from slipstream.moe.dispatch import NvlinkDispatcher, nvlink_experts, peers
+from slipstream.moe.lora import LowRank
 from slipstream.moe.reference import experts_reference
 from tests.distributed import test_dispatch
 from tests.distributed.harness import RankFailedError, run_ranks
 from tests.distributed.test_dispatch import ALL_EMPTY, EMPTY_RANK, EVEN, LOCAL_EXPERTS, RAGGED, TOP_K
 from tests.kernels.conditions import INTERPRETED
-from tests.tiny_models import sgd_losses, tiny_config
 
 HIDDEN, INTERMEDIATE = 24, 16
 OPERATOR: Any = sys.modules[nvlink_experts.__module__]
@@ -51,6 +47,7 @@ def test_interpreted(which: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     marks = f"{which} and not gpu"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks, __file__]
+    command += [str(Path(__file__).with_name("test_nvlink_models.py"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -99,6 +96,8 @@ class Layer(NamedTuple):
     checkpointed: bool = False
     compiled: bool = False
     frozen: bool = False
+    adapted: str = ""  # the projections that have factors: "up", "down" or both
+    frozen_base: bool = False
     divisor: float = 1.0
     dtype: torch.dtype = torch.float32
     calls: int = 1
@@ -129,35 +128,52 @@ def _operator_differences(case: Layer) -> dict[str, float]:
         idx_NK = test_dispatch._choice("random", len(x_NH), experts)
         weights_NK, target_NH = torch.rand(idx_NK.shape), torch.randn_like(x_NH)
         up, down = torch.randn(experts, HIDDEN, 2 * INTERMEDIATE) / 5, torch.randn(experts, INTERMEDIATE, HIDDEN) / 4
-        biases = [torch.randn(experts, 2 * INTERMEDIATE), torch.randn(experts, HIDDEN)] if case.biased else []
-        whole = [x_NH, weights_NK, up, down, *biases]
-        whole = [tensor.to(device, case.dtype).float().requires_grad_() for tensor in whole]
+        inputs = {"x": x_NH, "weights": weights_NK, "up": up, "down": down}
+        if case.biased:
+            inputs |= {"up_bias": torch.randn(experts, 2 * INTERMEDIATE), "down_bias": torch.randn(experts, HIDDEN)}
+        for key in case.adapted.split():
+            _, wide, out = inputs[key].shape
+            inputs |= {f"{key}_a": torch.randn(experts, wide, 8) / 5, f"{key}_b": torch.randn(experts, 8, out) / 5}
+        whole = {key: tensor.to(device, case.dtype).float().requires_grad_() for key, tensor in inputs.items()}
         idx_NK, target_NH = idx_NK.to(device), target_NH.to(device)
-        out_NH = experts_reference(whole[0], idx_NK, *whole[1:4], activation, *whole[4:])
+        up, down = (
+            whole[key] + whole[f"{key}_a"] @ whole[f"{key}_b"] if key in case.adapted else whole[key]
+            for key in ("up", "down")
+        )
+        out_NH = experts_reference(
+            whole["x"], idx_NK, whole["weights"], up, down, activation, whole.get("up_bias"), whole.get("down_bias")
+        )
         (out_NH * target_NH).sum().backward()
 
         ends = [0, *torch.tensor(counts).cumsum(0).tolist()]
         mine = slice(*list(pairwise(ends))[rank])
         owned = slice(rank * LOCAL_EXPERTS, (rank + 1) * LOCAL_EXPERTS)
-        parts = [mine, mine, *[owned] * (len(whole) - 2)]
-        local = [tensor.detach()[part].to(case.dtype).clone() for tensor, part in zip(whole, parts, strict=True)]
-        for tensor in local[2:] if case.frozen else local:
-            tensor.requires_grad_()
+        parts = {key: mine if key in ("x", "weights") else owned for key in whole}
+        local = {key: tensor.detach()[parts[key]].to(case.dtype).clone() for key, tensor in whole.items()}
+        base = ("up", "down", "up_bias", "down_bias")
+        for key, tensor in local.items():
+            if not ((case.frozen and key in ("x", "weights")) or (case.frozen_base and key in base)):
+                tensor.requires_grad_()
 
         def layer(x: torch.Tensor, weights: torch.Tensor, idx=idx_NK[mine], local=local) -> torch.Tensor:
+            lora = {f"{key}_lora": LowRank(local[f"{key}_a"], local[f"{key}_b"]) for key in case.adapted.split()}
+            biases = (local.get("up_bias"), local.get("down_bias"))
             return operator(
-                x, weights, idx, local[2], local[3], name, *local[4:], peers=group.name, divisor=case.divisor
-            )
+                x, weights, idx, local["up"], local["down"], name, *biases, **lora, peers=group.name,
+                divisor=case.divisor,
+            )  # fmt: skip
 
-        out_TH = checkpoint(layer, *local[:2], use_reentrant=False) if case.checkpointed else layer(*local[:2])
+        inputs_TH = (local["x"], local["weights"])
+        out_TH = checkpoint(layer, *inputs_TH, use_reentrant=False) if case.checkpointed else layer(*inputs_TH)
         (out_TH.float() * target_NH[mine]).sum().backward()
         found = {"out": test_dispatch._difference(out_TH.detach(), out_NH[mine], out_NH)}
-        for position, (tensor, full, part) in enumerate(zip(local, whole, parts, strict=True)):
-            if tensor.requires_grad:
-                assert tensor.grad is not None
+        for key, tensor in local.items():
+            full = whole[key]
+            assert (tensor.grad is not None) == tensor.requires_grad, key
+            if tensor.grad is not None:
                 assert full.grad is not None
-                scale = case.divisor if position > 1 else 1.0
-                found[f"{position}"] = test_dispatch._difference(tensor.grad * scale, full.grad[part], full.grad)
+                scale = 1.0 if key in ("x", "weights") else case.divisor
+                found[key] = test_dispatch._difference(tensor.grad * scale, full.grad[parts[key]], full.grad)
         worst = {key: max(worst.get(key, 0.0), value) for key, value in found.items()}
     return worst
 
@@ -169,6 +185,10 @@ TOGETHER = {
     "checkpointed": Layer((5, 6), checkpointed=True),
     "bf16": Layer((9, 4), dtype=torch.bfloat16, biased=True),
     "compiled": Layer((9, 4), compiled=True, calls=3),
+    "adapters": Layer((9, 4), adapted="up down", frozen_base=True, divisor=2.0),
+    "adapters, biases, trained base": Layer((0, 8), adapted="up down", biased=True, divisor=2.0),
+    "adapter on down, exact, bf16": Layer((9, 4), adapted="down", exact=True, frozen_base=True, dtype=torch.bfloat16),
+    "adapters, compiled": Layer((9, 4), adapted="up down", frozen_base=True, compiled=True, calls=2),
 }
 MORE = {
     "even": Layer((7, 7)),
@@ -179,6 +199,9 @@ MORE = {
     "only the experts train": Layer((5, 0), frozen=True),
     "compiled, biases, exact": Layer((9, 4), compiled=True, biased=True, exact=True),
     "growing": Layer((1, 2), calls=6),
+    "only adapters train": Layer((5, 0), adapted="up down", frozen=True, frozen_base=True),
+    "adapter on up, biases": Layer((3, 5), adapted="up", biased=True, frozen_base=True),
+    "adapters, compiled, exact": Layer((9, 4), adapted="up down", biased=True, compiled=True, exact=True),
 }
 FOUR = {"4 ranks": Layer((3, 0, 5, 2), biased=True)}
 
@@ -193,7 +216,8 @@ def test_operator(cases: dict[str, Layer]) -> None:
         for name, found in results.items():
             case = cases[name]
             assert max(found.values()) < (3e-2 if case.dtype == torch.bfloat16 else 1e-5), (name, found)
-            assert len(found) == (2 if case.biased else 0) + (3 if case.frozen else 5), name
+            trained = (0 if case.frozen else 2) + (0 if case.frozen_base else 4 if case.biased else 2)
+            assert len(found) == 1 + trained + 2 * len(case.adapted.split()), name
 
 
 def _areas_grow(_: None) -> list[int]:
@@ -275,69 +299,3 @@ def _out_of_turn(_: None) -> str:
 @runnable
 def test_dispatches_need_their_combines() -> None:
     assert all("a dispatch needs its combine" in heard for heard in run(_out_of_turn, 2, None))
-
-
-def _train(dispatcher: str, compiled: bool, adapted: bool = False, experts: str = "auto") -> tuple[list[float], int]:
-    """Losses of a tiny model over two steps, and how many graphs its layers had, or -1 if one of them broke."""
-    torch.manual_seed(0)
-    torch._dynamo.utils.counters.clear()
-    if DEVICE == "cuda":
-        torch.cuda.set_device(dist.get_rank())
-    with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(
-            tiny_config("qwen3_moe", num_hidden_layers=2),
-            backend={"dispatcher": dispatcher, "compile": "none", "experts": experts},
-            distributed_setup={"ep_size": dist.get_world_size()},
-            dtype=torch.bfloat16 if experts == "fp8" else torch.float32,
-        )  # fmt: skip
-    if adapted:
-        lora = LoraConfig(r=4, target_modules=[], target_parameters=all_experts(model), init_lora_weights=False)
-        model = get_peft_model(model, lora)
-    if compiled:
-        compile_layers(model, backend="inductor" if DEVICE == "cuda" else "aot_eager")
-    generator, rank = torch.Generator().manual_seed(dist.get_rank()), dist.get_rank()
-    ids = (torch.randint(0, 64, (1, 6 + 3 * step * rank), generator=generator) for step in range(2))
-    losses = sgd_losses(model, (row.to(DEVICE) for row in ids))
-    counters = torch._dynamo.utils.counters
-    return losses, -1 if counters["graph_break"] else counters["stats"]["unique_graphs"]
-
-
-@pytest.mark.slow
-@runnable
-def test_adapters_train_as_with_all_to_all() -> None:
-    expected, found = (run(_train, 2, name, False, True) for name in ("all_to_all", "nvlink"))
-    assert [losses for losses, _ in found] == [pytest.approx(losses, rel=1e-4) for losses, _ in expected]
-
-
-@pytest.mark.slow
-@runnable
-def test_a_model_trains_as_with_all_to_all() -> None:
-    expected, found = (run(_train, 2, *how) for how in (("all_to_all", False), ("nvlink", True)))
-    for (losses, graphs), (wanted, _) in zip(found, expected, strict=True):
-        assert losses == pytest.approx(wanted, rel=1e-4)
-        assert graphs == 1, "the compiled layers share one graph, which contains the exchange"
-
-
-def _train_in_fp8(dispatcher: str) -> tuple[list[float], int]:
-    """Losses, and how many GEMMs were in FP8."""
-    fp8.obstacle = lambda device: None
-    if INTERPRETED:
-        kernels.fp8.DTYPE = torch.float32  # the interpreter cannot cast to e4m3: see tests/kernels/test_fp8.py
-    calls, original = [], grouped_mm.grouped_mm_fp8
-
-    def counted(*operands: torch.Tensor) -> torch.Tensor:
-        calls.append(None)
-        return original(*operands)
-
-    grouped_mm.grouped_mm_fp8 = counted
-    losses, _ = _train(dispatcher, compiled=False, experts="fp8")
-    return losses, len(calls)
-
-
-@runnable
-@pytest.mark.skipif(gpus > 1 and torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper GPUs")
-def test_a_model_trains_in_fp8_as_with_all_to_all() -> None:
-    expected, found = (run(_train_in_fp8, 2, name) for name in ("all_to_all", "nvlink"))
-    for (losses, calls), (wanted, others) in zip(found, expected, strict=True):
-        assert losses == pytest.approx(wanted, rel=1e-2)
-        assert calls == others == 16, "two GEMMs forward and two back, in two layers, at two steps"

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from slipstream.kernels.expert_activation import Activation
 from slipstream.moe.activation import register
 from slipstream.moe.dispatch import AllGatherDispatcher, NvlinkDispatcher, nvlink_experts, peers
+from slipstream.moe.lora import LowRank
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_dispatch import LOCAL_EXPERTS, TOP_K
 
@@ -50,7 +51,7 @@ def test_exchanges_back_to_back() -> None:
     assert run_ranks(_races, 2, None, timeout=300, backend="nccl") == [0, 0]
 
 
-def _syncs(_: None) -> int:
+def _syncs(adapted: bool) -> int:
     """How often the host waits for the device in forward and backward of the operator."""
     rank = dist.get_rank()
     device = torch.device("cuda", rank)
@@ -62,19 +63,26 @@ def _syncs(_: None) -> int:
     weights_TK = torch.rand(64, TOP_K, device=device, requires_grad=True)
     up = torch.randn(LOCAL_EXPERTS, 128, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
     down = torch.randn(LOCAL_EXPERTS, 64, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+    lora = {}
+    if adapted:
+        for key, weight in (("up_lora", up), ("down_lora", down)):
+            wide, out = weight.requires_grad_(False).shape[1:]
+            factors = (torch.randn(LOCAL_EXPERTS, *size, device=device) for size in ((wide, 8), (8, out)))
+            lora[key] = LowRank(*(factor.bfloat16().requires_grad_() for factor in factors))
     count = 0
     for _round in range(3):  # the first ones compile and make the areas
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            nvlink_experts(x_TH, weights_TK, idx_TK, up, down, name, peers=group.name).sum().backward()
+            nvlink_experts(x_TH, weights_TK, idx_TK, up, down, name, **lora, peers=group.name).sum().backward()
             count = len(caught)
         torch.cuda.set_sync_debug_mode("default")
     return count
 
 
-def test_the_host_does_not_wait() -> None:
-    assert run_ranks(_syncs, 2, None, timeout=120, backend="nccl") == [0, 0]
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapters"])
+def test_the_host_does_not_wait(adapted: bool) -> None:
+    assert run_ranks(_syncs, 2, adapted, timeout=120, backend="nccl") == [0, 0]
 
 
 def _captured(_: None) -> float:

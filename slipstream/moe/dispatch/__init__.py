@@ -21,9 +21,9 @@ from slipstream.moe.dispatch.hierarchical import HierarchicalDispatcher, ranks_i
 from slipstream.moe.dispatch.local import LocalDispatcher
 from slipstream.moe.dispatch.nvlink import NvlinkDispatcher
 from slipstream.moe.dispatch.nvlink_experts import nvlink_experts
+from slipstream.moe.dispatch.nvlink_experts_4bit import nvlink_experts_4bit
 from slipstream.moe.dispatch.peers import NoPeerAccessError, obstacle, peers_of
-from slipstream.moe.experts import ADAPTERS, experts_forward, is_balanced, is_fp8, is_fused, projections
-from slipstream.moe.packed import is_packed
+from slipstream.moe.experts import experts_forward, is_balanced, is_fp8, is_fused, run_mlp
 from slipstream.moe.routing import balanced_index
 
 __all__ = [
@@ -122,8 +122,8 @@ class DeepEPExchange(_Exchange):
 class NvlinkExchange(_Exchange):
     """`DistributedConfig(ep_implementation="slipstream_nvlink")`: exchange and experts in one operator.
 
-    A compiled layer contains it. What it does not fit (adapters, weights in 4 bits, parameters inside the activation,
-    Transformers' experts) runs between a dispatch and a combine.
+    A compiled layer contains it. What it does not fit (parameters inside the activation or behind the experts,
+    Transformers' own experts) runs between a dispatch and a combine.
 
     Raises:
         NoPeerAccessError: on all ranks together, where the GPUs can't reach each other's memory.
@@ -148,20 +148,15 @@ class NvlinkExchange(_Exchange):
 
     def __call__(self, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         implementation = hf.experts_implementation(self.experts)
-        fits = (
-            implementation.startswith("slipstream")
-            and is_fused(self.experts)
-            and not hasattr(self.experts, ADAPTERS)
-            and not is_packed(self.experts)
-        )
+        fits = implementation.startswith("slipstream") and is_fused(self.experts)
         if self.peers is None or not fits:
             return super().__call__(x_TH, idx_TK, weights_TK)
-        up, down, up_bias, down_bias = projections(self.experts)
         if is_balanced(implementation):
-            idx_TK = balanced_index(idx_TK, up.shape[0] * self.ep_mesh.size())
-        return nvlink_experts(
-            x_TH, weights_TK, idx_TK, up, down, activation_name(self.experts) or "", up_bias, down_bias,
-            peers=self.peers, divisor=float(getattr(self.experts, GRADIENT_DIVISOR, 1)), fp8=is_fp8(implementation),
+            idx_TK = balanced_index(idx_TK, self.experts.num_experts * self.ep_mesh.size())
+        return run_mlp(
+            self.experts, nvlink_experts, nvlink_experts_4bit, (x_TH, weights_TK, idx_TK),
+            activation_name(self.experts), is_fp8(implementation), peers=self.peers,
+            divisor=float(getattr(self.experts, GRADIENT_DIVISOR, 1)),
         )  # fmt: skip
 
 

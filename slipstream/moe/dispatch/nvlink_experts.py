@@ -8,7 +8,8 @@ of rows depends on the other ranks, so it is a size that the compiler does not k
 Kept for backward: the tokens that came, the pre-activation and the routing.
 
 Dims: T tokens of this rank, N = P * M tokens that came (see kernels/nvlink_window.py), H hidden, K experts per token,
-E experts of this rank, R rows sorted by expert, I intermediate, W = I, or 2I where gate and up are fused.
+E experts of this rank, R rows sorted by expert, I intermediate, W = I, or 2I where gate and up are fused, r rank of an
+adapter.
 """
 
 from functools import partial
@@ -23,14 +24,18 @@ from slipstream.kernels.nvlink_dispatch import dispatch_rows
 from slipstream.moe.activation import function_named
 from slipstream.moe.dispatch.peers import peers_named
 from slipstream.moe.grouped_mlp import (
-    activate,
+    TENSORS,
     activation_gradients,
     bias_products,
     empty_gradients,
+    mlp_of_rows,
     needed_gradients,
+    projection_grads,
+    transposed,
     weights_by_expert,
 )
-from slipstream.moe.grouped_mm import bias_grad, grouped_mm, weight_grad
+from slipstream.moe.grouped_mm import bias_grad
+from slipstream.moe.lora import LowRank, project
 from slipstream.moe.routing import Routing, sort_by_expert
 
 # Whatever the routing, no more than K rows of each token can come. Room for all of them needs no look at the device,
@@ -40,6 +45,7 @@ WORST_CASE_BYTES = 256 * 2**20
 
 _INPUTS = (
     "Tensor weights_TK, Tensor idx_TK, Tensor up_EHW, Tensor down_EIH, Tensor? up_bias_EW, Tensor? down_bias_EH, "
+    "Tensor? up_a_EHr, Tensor? up_b_ErW, Tensor? down_a_EIr, Tensor? down_b_ErH, "
     "str activation, bool fp8, str peers, float divisor"
 )
 torch.library.define(
@@ -62,6 +68,8 @@ def nvlink_experts(
     up_bias_EW: Tensor | None = None,
     down_bias_EH: Tensor | None = None,
     *,
+    up_lora: LowRank | None = None,
+    down_lora: LowRank | None = None,
     peers: str,
     divisor: float = 1.0,
     fp8: bool = False,
@@ -70,17 +78,17 @@ def nvlink_experts(
 
     Args:
         idx_TK: int64 experts of all ranks.
+        up_lora, down_lora, fp8: as in `grouped_mlp`; the adapters are of the experts here.
         peers: the name of the group's `Peers`.
-        divisor: what the gradients of the weights here, sums over the tokens of all ranks, are divided by.
-        fp8: as in `grouped_mlp`.
+        divisor: what the gradients of the weights and adapters here, sums over the tokens of all ranks, are divided by.
     """
+    factors = (*(up_lora or (None, None)), *(down_lora or (None, None)))
     return torch.ops.slipstream.experts_nvlink(
-        x_TH, weights_TK, idx_TK, up_EHW, down_EIH, up_bias_EW, down_bias_EH, activation, fp8, peers, divisor
+        x_TH, weights_TK, idx_TK, up_EHW, down_EIH, up_bias_EW, down_bias_EH, *factors, activation, fp8, peers, divisor
     )[0]
 
 
-@torch.library.impl("slipstream::experts_nvlink", "default")
-def _experts(
+def run_experts(
     x_TH: Tensor,
     weights_TK: Tensor,
     idx_TK: Tensor,
@@ -88,6 +96,10 @@ def _experts(
     down_EIH: Tensor,
     up_bias_EW: Tensor | None,
     down_bias_EH: Tensor | None,
+    up_a_EHr: Tensor | None,
+    up_b_ErW: Tensor | None,
+    down_a_EIr: Tensor | None,
+    down_b_ErH: Tensor | None,
     activation: str,
     fp8: bool,
     peers: str,
@@ -110,11 +122,8 @@ def _experts(
     )
 
     routing = sort_by_expert(idx_NK, experts, _num_rows(sum(counts) * top_k, idx_NK, up_EHW))
-    rows_RH = gather_rows(rows_NH, routing.slot_R, top_k, routing.ends_E, up_EHW.dtype)
-    hidden_RW = grouped_mm(rows_RH, up_EHW, routing.ends_E, fp8)
-    del rows_RH
-    act_RI = activate(function_named(activation), hidden_RW, up_bias_EW, routing)
-    y_RH = grouped_mm(act_RI, down_EIH, routing.ends_E, fp8)
+    weights = (up_EHW, down_EIH, up_bias_EW, up_a_EHr, up_b_ErW, down_a_EIr, down_b_ErH)
+    y_RH, hidden_RW = mlp_of_rows(rows_NH, routing, *weights, activation, fp8)
     out_TH = torch.empty_like(x_TH)
     mine.enter("combine")
     combine_rows(
@@ -141,11 +150,20 @@ def _(
     down_EIH: Tensor,
     up_bias_EW: Tensor | None,
     down_bias_EH: Tensor | None,
+    up_a_EHr: Tensor | None,
+    up_b_ErW: Tensor | None,
+    down_a_EIr: Tensor | None,
+    down_b_ErH: Tensor | None,
     activation: str,
     fp8: bool,
     peers: str,
     divisor: float,
 ) -> tuple[Tensor, ...]:
+    return empty_outputs(x_TH, idx_TK, up_EHW.shape[0], up_EHW.shape[2], up_EHW.dtype)
+
+
+def empty_outputs(x_TH: Tensor, idx_TK: Tensor, experts: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What a fake `run_experts` returns, where the pre-activation has that `width` and `dtype`."""
     size: Any = torch.library.get_ctx().new_dynamic_size
     came, rows, top_k = size(min=1), size(min=1), idx_TK.shape[1]
 
@@ -157,13 +175,12 @@ def _(
         x_TH.new_empty(came, x_TH.shape[1]),
         x_TH.new_empty(came, top_k, dtype=torch.float32),
         int32(came, top_k),
-        up_EHW.new_empty(rows, up_EHW.shape[2]),
-        *Routing(int32(rows), int32(came, top_k), int32(up_EHW.shape[0]), int32(rows)),
+        x_TH.new_empty(rows, width, dtype=dtype),
+        *Routing(int32(rows), int32(came, top_k), int32(experts), int32(rows)),
     )
 
 
-@torch.library.impl("slipstream::experts_nvlink_backward", "default")
-def _experts_backward(
+def run_experts_backward(
     grad_TH: Tensor,
     weights_TK: Tensor,
     idx_TK: Tensor,
@@ -171,6 +188,10 @@ def _experts_backward(
     down_EIH: Tensor,
     up_bias_EW: Tensor | None,
     down_bias_EH: Tensor | None,
+    up_a_EHr: Tensor | None,
+    up_b_ErW: Tensor | None,
+    down_a_EIr: Tensor | None,
+    down_b_ErH: Tensor | None,
     activation: str,
     fp8: bool,
     peers: str,
@@ -178,20 +199,22 @@ def _experts_backward(
     saved: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of x, weights, up, down, up bias and down bias: those that `needs` asks for, in this order."""
-    need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias = needs
+    """Gradients of x, weights, up, down, the biases and the adapters' factors: those that `needs` asks for, in the
+    order of the arguments."""
+    need_x, need_weights, need_up, need_down, need_up_bias, need_down_bias, *need_factors = needs
+    of_up, of_down = (need_up, *need_factors[:2]), (need_down, *need_factors[2:])
     rows_NH, weights_NK, idx_NK, hidden_RW, *routing = saved
     route, top_k, experts, mine = Routing(*routing), idx_TK.shape[1], up_EHW.shape[0], peers_named(peers)
     grad_TH, idx_TK = grad_TH.contiguous(), idx_TK.contiguous()
     at = mine.layout(rows_NH.shape[0] // mine.ranks, grad_TH.shape[1], top_k, grad_TH.dtype)
-    grads: dict[int, Tensor] = {}
+    grads: dict[int, Any] = {}
 
     grad_NH = mine.rows(at, grad_TH.dtype)  # read where it arrives, until the combine begins
     mine.enter("dispatch")
     dispatch_rows(mine.window, at, grad_TH, idx_TK, grad_NH, experts, scale=1 / divisor)
     grad_RH = gather_rows(grad_NH, route.slot_R, top_k, route.ends_E, down_EIH.dtype)
     # Unweighted: the weights enter after the product with the activation, so one GEMM serves both gradients.
-    grad_act_RI = grouped_mm(grad_RH, down_EIH.transpose(1, 2), route.ends_E, fp8)
+    grad_act_RI, low_grad_Rr = project(grad_RH, *transposed(down_EIH, down_b_ErH, down_a_EIr), route, fp8)
     through = activation_gradients(function_named(activation), hidden_RW, up_bias_EW, route, grad_act_RI, weights_NK)
     del grad_act_RI
     grads_NK = through.weights_TK
@@ -205,9 +228,9 @@ def _experts_backward(
 
     grad_x_TH = torch.empty_like(grad_TH) if need_x or need_weights else None
     grad_weights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format) if need_weights else None
-    grad_rows_RH = None
+    grad_rows_RH, low_hidden_Rr = None, None
     if grad_x_TH is not None:
-        grad_rows_RH = grouped_mm(through.hidden_RN, up_EHW.transpose(1, 2), route.ends_E, fp8)
+        grad_rows_RH, low_hidden_Rr = project(through.hidden_RN, *transposed(up_EHW, up_b_ErW, up_a_EHr), route, fp8)
 
     return_rows = partial(
         combine_rows, mine.window, at, idx_TK, experts, rows_RH=grad_rows_RH, row_NS=route.row_TK, out_TH=grad_x_TH,
@@ -216,20 +239,20 @@ def _experts_backward(
     mine.enter("combine")
     return_rows(receive=False)
     # The peers' rows are under way; nothing here waits for them before these GEMMs are queued.
-    if need_down:
-        grads[3] = weight_grad(through.weighted_RI, grad_RH, route.ends_E, down_EIH)
+    grads[3], grads[8], grads[9] = projection_grads(
+        of_down, through.weighted_RI, grad_RH, low_grad_Rr, down_EIH, down_a_EIr, down_b_ErH, route.ends_E
+    )
     del grad_RH
-    if need_up:
+    if any(of_up):
         rows_RH = gather_rows(rows_NH, route.slot_R, top_k, route.ends_E, up_EHW.dtype)
-        grads[2] = weight_grad(rows_RH, through.hidden_RN, route.ends_E, up_EHW)
+        grads[2], grads[6], grads[7] = projection_grads(
+            of_up, rows_RH, through.hidden_RN, low_hidden_Rr, up_EHW, up_a_EHr, up_b_ErW, route.ends_E
+        )
     if need_up_bias:
         grads[4] = bias_grad(through.hidden_RN, route.ends_E)
     return_rows(send=False)
-    if need_x and grad_x_TH is not None:
-        grads[0] = grad_x_TH
-    if grad_weights_TK is not None:
-        grads[1] = grad_weights_TK
-    return [grads[position] for position in sorted(grads)]
+    grads[0], grads[1] = grad_x_TH, grad_weights_TK
+    return [grads[position] for position, need in enumerate(needs) if need]
 
 
 @torch.library.register_fake("slipstream::experts_nvlink_backward")
@@ -241,6 +264,10 @@ def _(
     down_EIH: Tensor,
     up_bias_EW: Tensor | None,
     down_bias_EH: Tensor | None,
+    up_a_EHr: Tensor | None,
+    up_b_ErW: Tensor | None,
+    down_a_EIr: Tensor | None,
+    down_b_ErH: Tensor | None,
     activation: str,
     fp8: bool,
     peers: str,
@@ -248,26 +275,36 @@ def _(
     saved: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    return empty_gradients((grad_TH, weights_TK, up_EHW, down_EIH, up_bias_EW, down_bias_EH), needs)
+    inputs = (grad_TH, weights_TK, up_EHW, down_EIH, up_bias_EW, down_bias_EH,
+              up_a_EHr, up_b_ErW, down_a_EIr, down_b_ErH)  # fmt: skip
+    return empty_gradients(inputs, needs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *tensors, ctx.activation, ctx.fp8, ctx.peers, ctx.divisor = inputs
-    _, *saved = output
-    ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *saved)
+def register_autograd(name: str) -> None:
+    """Let autograd follow the operator `slipstream::NAME` by `NAME_backward`: inputs and outputs as `run_experts` has
+    them, what is no tensor last."""
+    operator = getattr(torch.ops.slipstream, f"{name}_backward")
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        (_, *tensors), ctx.settings = inputs[:TENSORS], inputs[TENSORS:]
+        _, *saved = output
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *saved)
+
+    def backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors  # read once: a checkpoint unpacks each only once
+        tensors, saved = kept[: TENSORS - 1], kept[TENSORS - 1 :]
+
+        def gradients(needs: list[bool]) -> list[Tensor]:
+            found: list[Tensor] = operator(grad_TH, *tensors, *ctx.settings, saved, needs)
+            return found
+
+        return needed_gradients(ctx, grad_TH, gradients)
+
+    torch.library.register_autograd(f"slipstream::{name}", backward, setup_context=save)
 
 
-def _backward(ctx: Any, grad_TH: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    weights, idx, up, down, up_bias, down_bias, *saved = ctx.saved_tensors
-    inputs = (weights, idx, up, down, up_bias, down_bias, ctx.activation, ctx.fp8, ctx.peers, ctx.divisor)
-
-    def gradients(needs: list[bool]) -> list[Tensor]:
-        found: list[Tensor] = torch.ops.slipstream.experts_nvlink_backward(grad_TH, *inputs, saved, needs)
-        return found
-
-    return needed_gradients(ctx, grad_TH, (0, 1, 3, 4, 5, 6), gradients)
-
-
-torch.library.register_autograd("slipstream::experts_nvlink", _backward, setup_context=_save)
+torch.library.impl("slipstream::experts_nvlink", "default", run_experts)
+torch.library.impl("slipstream::experts_nvlink_backward", "default", run_experts_backward)
+register_autograd("experts_nvlink")
