@@ -304,13 +304,19 @@ def _keeping_equal(original: Any) -> Any:
 
     @functools.wraps(original)
     def add(self: Any, *args: Any, **kwargs: Any) -> None:
+        before = {id(parameter) for parameter in self.parameters()} if hasattr(self, "base_model") else None
         original(self, *args, **kwargs)
         if not _is_spread(self):
             return
         for parameter in self.parameters():
-            if parameter.requires_grad and not isinstance(parameter, DTensor) and not hasattr(parameter, _AVERAGED):
+            trains = parameter.requires_grad
+            # A later adapter trains only once it is made active.
+            added = trains if before is None else id(parameter) not in before
+            if added and not isinstance(parameter, DTensor) and not hasattr(parameter, _AVERAGED):
                 dist.broadcast(parameter.data, src=0)
+                parameter.requires_grad_(True)  # or it takes no hook
                 parameter.register_post_accumulate_grad_hook(_average)
+                parameter.requires_grad_(trains)
                 setattr(parameter, _AVERAGED, True)
                 hf.mark_averaged(parameter)
 
