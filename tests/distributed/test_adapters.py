@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import slipstream
 from slipstream import clip_grad_norm_, hf
-from slipstream.adapters import all_experts
+from slipstream.adapters import all_experts, install
 from slipstream.shared_adapters import share_experts
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_training import compare, full, train
@@ -32,6 +32,8 @@ SETUPS = {
 def adapt(model: Any, shared: bool = False, **changes: Any) -> Any:
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False,
                            "target_parameters": all_experts(model), **changes})  # fmt: skip
+    if shared:
+        install(model)  # PEFT knows nothing of it
     return get_peft_model(model, share_experts(config, shared))
 
 
