@@ -7,6 +7,7 @@ dynamic in it, so that neither another layer, nor another step, nor a short last
 """
 
 import functools
+import inspect
 import os
 import shutil
 import sys
@@ -14,12 +15,13 @@ import time
 import warnings
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._functorch.config
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slipstream import hf_models
@@ -71,8 +73,15 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     name = _class_name(self)
     if name in self.__dict__[_UNCOMPILED]:
         return own(self, *args, **kwargs)
+    backend, outside = self.__dict__[_BACKEND], _recomputes_outside(self)
+    if outside:
+        kwargs.pop("use_cache", None)
+    # Transformers' wrapper of the layer's own forward would checkpoint inside of the graph.
+    run: Any = functools.partial(_compiled(inspect.unwrap(own) if outside else own, backend), self, **kwargs)
+    if outside:
+        run = functools.partial(cast(Any, self)._gradient_checkpointing_func, run)
     try:
-        return _compiled(own, self.__dict__[_BACKEND])(self, *_alike(self, args), **kwargs)
+        return run(*_alike(self, args))
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, torch.OutOfMemoryError | TimeoutError):  # no fault of the graph's
             raise
@@ -87,6 +96,14 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             stacklevel=2,
         )
     return own(self, *args, **kwargs)
+
+
+def _recomputes_outside(layer: Any) -> bool:
+    """Whether `layer` is computed again in backward and its experts are split: their forward puts local tensors in the
+    place of DTensors, which torch.compile does not allow inside of a checkpoint."""
+    if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
+        return False
+    return any(isinstance(parameter, DTensor) for parameter in layer.parameters())
 
 
 def uncompiled(model: nn.Module) -> dict[str, str]:

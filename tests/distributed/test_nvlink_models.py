@@ -20,7 +20,9 @@ from tests.kernels.conditions import INTERPRETED
 from tests.tiny_models import sgd_losses, tiny_batch, tiny_config, tiny_model
 
 
-def _train(dispatcher: str, compiled: bool, adapted: bool = False, experts: str = "auto") -> tuple[list[float], int]:
+def _train(
+    dispatcher: str, compiled: bool, adapted: bool = False, experts: str = "auto", checkpointing: str = "none"
+) -> tuple[list[float], int]:
     """Losses of a tiny model over two steps, and how many graphs its layers had, or -1 if one of them broke."""
     torch.manual_seed(0)
     torch._dynamo.utils.counters.clear()
@@ -30,7 +32,7 @@ def _train(dispatcher: str, compiled: bool, adapted: bool = False, experts: str 
         model = AutoModelForCausalLM.from_config(
             tiny_config("qwen3_moe", num_hidden_layers=2),
             backend={"dispatcher": dispatcher, "compile": "none", "experts": experts},
-            distributed_setup={"ep_size": dist.get_world_size()},
+            distributed_setup={"ep_size": dist.get_world_size(), "activation_checkpointing": checkpointing},
             dtype=torch.bfloat16 if experts == "fp8" else torch.float32,
         )  # fmt: skip
     if adapted:
@@ -112,6 +114,14 @@ def test_a_model_trains_as_with_all_to_all(adapted: bool) -> None:
         assert losses == pytest.approx(wanted, rel=1e-4)
         # With frozen weights what enters the first layer needs no gradient, which is a graph of its own.
         assert graphs == (2 if adapted else 1), "compiled layers share a graph, which contains the exchange"
+
+
+@runnable
+def test_layers_that_are_computed_again_compile() -> None:
+    expected, found = run(_train, 2, "nvlink", False), run(_train, 2, "nvlink", True, False, "auto", "full")
+    for (losses, graphs), (wanted, _) in zip(found, expected, strict=True):
+        assert losses == pytest.approx(wanted, rel=1e-4)
+        assert graphs == 1
 
 
 def _train_in_fp8(dispatcher: str) -> tuple[list[float], int]:
