@@ -75,7 +75,7 @@ def test_scan(length: int, channels: int, state: int, rows: int) -> None:
 
 @compiled_or_interpreted
 def test_chunks_of_the_usual_length() -> None:
-    inputs = _inputs(130, 8, 4)
+    inputs = _inputs(70, 8, 4)
     _check(_results(selective_scan, inputs), _exact(inputs))
 
 
