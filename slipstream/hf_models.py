@@ -201,17 +201,19 @@ _ORIGINAL = "slipstream_original"
 
 
 @contextmanager
-def scanning_by(model: Any, scan: Callable[..., Any]) -> Iterator[None]:
-    """Let the Mamba2 layers of `model` call `scan`, and leave all other optional packages (mamba_ssm, causal_conv1d,
-    fla) aside for Transformers' own PyTorch: their kernels take no fake tensors.
+def scanning_by(model: Any, scans: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Let the layers of `model` call these `scans`, by the names of those that they stand for, and leave all other
+    optional packages (mamba_ssm, causal_conv1d, fla) aside for Transformers' own PyTorch: their kernels take no fake
+    tensors.
 
-    Called as `mamba_chunk_scan_combined(x [B, S, H, D], dt, A, B, C, …)`.
+    Mamba2's is called as `mamba_chunk_scan_combined(x [B, S, H, D], dt, A, B, C, …)`, Mamba1's as
+    `selective_scan_fn(x [B, D, S], dt, A, B, C, …)`.
     """
     module = vars(sys.modules[type(model).__module__])
     # What `use_kernel_func_from_hub_with_fallback` made: the reference is inside.
     before = {name: value for name, value in module.items() if "torch_function" in _inside(_original(value))}
     for name, value in before.items():
-        module[name] = scan if name == MAMBA_SCAN else _original(value).__wrapped__
+        module[name] = scans.get(name, _original(value).__wrapped__)
     try:
         yield
     finally:

@@ -104,7 +104,7 @@ def test_mamba_scan_can_be_replaced() -> None:
     before = model(input_ids=ids, use_cache=False).logits
     module = sys.modules[type(model).__module__]
     conv = module.causal_conv1d_fn
-    with hf_models.scanning_by(model, scan):
+    with hf_models.scanning_by(model, {hf_models.MAMBA_SCAN: scan}):
         assert module.causal_conv1d_fn is inspect.unwrap(conv)
         model(input_ids=ids, use_cache=False)
     config = model.config
@@ -113,7 +113,7 @@ def test_mamba_scan_can_be_replaced() -> None:
     assert calls == [((*heads, config.mamba_head_dim), heads, True)] * mamba
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
     assert module.causal_conv1d_fn is conv
-    with hf_models.scanning_by(tiny_model("llama"), scan):  # has none
+    with hf_models.scanning_by(tiny_model("llama"), {hf_models.MAMBA_SCAN: scan}):  # has none
         pass
 
 

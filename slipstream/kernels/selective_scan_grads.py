@@ -7,7 +7,7 @@ The gradient of a decay's exponent is `g[t] = G[t] exp(A dt[t]) h[t-1]`, of both
 `G[t] h[t] = g[t+1] + C[t] h[t] grad[t] = g[t] + G[t] B[t] dt[t] x[t]`, it is a sum, from the chunk's end on, of terms
 with one of the two each: `g[t] = g[t+1] + C[t] h[t] grad[t] - G[t] B[t] dt[t] x[t]`. So no token's state is kept.
 
-Dims and tiles: `selective_scan_states.py`; G blocks of channels.
+Dims: `selective_scan_states.py`; G blocks of channels.
 """
 
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def grads(
         )
     rows, length, channels = x_BSD.shape
     state, chunks = A_DN.shape[1], states_BCND.shape[1]
-    m, block, k, warps = _tile(state)
+    block, block_n, warps = _tile(state)
     grid = (-(-channels // block), chunks, rows)
     grad, *grad_strides = rows_of(grad_BSD)
     x, *x_strides = rows_of(x_BSD)
@@ -70,14 +70,14 @@ def grads(
     grad_D, grad_bias, behind = (torch.empty_like(totals_BCD) for _ in range(3))
     asked = torch.empty_like(steps_BSD)
     strides = *grad_strides, *x_strides, *B_strides, *C_strides, *z_strides
-    settings = {"N": state, "CHUNK": chunk, "M": m, "BLOCK": block, "K": k, "SKIP": D_D is not None,
+    settings = {"N": state, "CHUNK": chunk, "BLOCK": block, "BLOCK_N": block_n, "SKIP": D_D is not None,
                 "GATE": z_BSD is not None, "num_warps": warps}  # fmt: skip
     with torch.cuda.device_of(x):
-        _forward_kernel[grid](
+        _selective_query_grads_kernel[grid](
             grad, x, steps_BSD, A_DN, B, C, skip, z, states_BCND, ends_BCND, grad_C, grad_z, asked, behind,
             length, channels, *strides, **settings,
         )  # fmt: skip
-        _backward_kernel[grid](
+        _selective_key_grads_kernel[grid](
             grad, x, steps_BSD, A_DN, B, C, skip, z, states_BCND, ends_BCND, totals_BCD, asked, behind,
             grad_x, grad_dt, grad_B, grad_D, grad_bias, length, channels, *strides, **settings, SOFTPLUS=softplus,
         )  # fmt: skip
@@ -142,12 +142,10 @@ def grads_reference(
     )  # fmt: skip
 
 
-def _tile(state: int) -> tuple[int, int, int, int]:
-    """M, D, K and warps. Sums over states go over neighbouring threads, those over channels over the others: with
-    several of both in a thread there are few steps between threads."""
+def _tile(state: int) -> tuple[int, int, int]:
+    """Channels and states of a tile, the latter all, and warps: one, where sums over channels need not pass between."""
     padded = 1 << (state - 1).bit_length()
-    lanes = min(padded, max(4, padded // 16))
-    return padded // lanes, max(32, min(128, 512 // padded)), lanes, max(1, min(8, padded // 16))
+    return 32, padded, max(1, min(8, padded // 16))
 
 
 if HAS_TRITON:
@@ -165,11 +163,7 @@ if HAS_TRITON:
         return tl.where(step < 0.03, small, 1 - tl.exp(-step))
 
     @triton.jit
-    def _over_states(tile):
-        return tl.sum(tl.sum(tile, 2, keep_dims=True), 0, keep_dims=True)
-
-    @triton.jit
-    def _forward_kernel(
+    def _selective_query_grads_kernel(
         grad,
         x,
         steps,
@@ -198,9 +192,8 @@ if HAS_TRITON:
         gate_token,
         N: tl.constexpr,
         CHUNK: tl.constexpr,
-        M: tl.constexpr,
         BLOCK: tl.constexpr,
-        K: tl.constexpr,
+        BLOCK_N: tl.constexpr,
         SKIP: tl.constexpr,
         GATE: tl.constexpr,
     ):
@@ -216,8 +209,8 @@ if HAS_TRITON:
         grad_gate += first * channels
         asked += first * channels
         grad_C += (tl.program_id(0) * tl.num_programs(2).to(tl.int64) * length + first) * N
-        d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :, None]
-        n = tl.arange(0, M)[:, None, None] + tl.arange(0, K)[None, None, :] * M
+        d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        n = tl.arange(0, BLOCK_N)[:, None]
         rates = rates_of(A, d, n, channels, N)
         if SKIP:
             skips = load_channels(skip, d, channels)
@@ -225,8 +218,8 @@ if HAS_TRITON:
         inside = (d < channels) & (n < N)
         piece = at * N * channels + n * channels + d
         state = tl.load(states + piece, mask=inside, other=0.0)
-        total = tl.zeros((1, BLOCK, 1), tl.float32)
-        grad_A = tl.zeros((M, BLOCK, K), tl.float32)
+        total = tl.zeros((1, BLOCK), tl.float32)
+        grad_A = tl.zeros((BLOCK_N, BLOCK), tl.float32)
         for t in range(tl.minimum(length - start, CHUNK).to(tl.int32)):
             step = load_channels(steps + t * channels, d, channels)
             values = load_channels(x + t * x_token, d, channels)
@@ -236,7 +229,7 @@ if HAS_TRITON:
             state = tl.exp2(rates * step) * state + (step * values) * keys
             terms = state * queries
             if GATE:
-                y = _over_states(terms)
+                y = tl.sum(terms, 0, keep_dims=True)
                 if SKIP:
                     y += skips * values
                 z = load_channels(gate + t * gate_token, d, channels)
@@ -248,13 +241,13 @@ if HAS_TRITON:
             total += step
             terms *= grads
             grad_A += total * terms
-            tl.store(asked + t * channels + d, _over_states(terms * rates) * LN_2, mask=d < channels)
+            tl.store(asked + t * channels + d, tl.sum(terms * rates, 0, keep_dims=True) * LN_2, mask=d < channels)
         terms = tl.load(ends + piece, mask=inside, other=0.0) * state  # g behind the chunk
-        tl.store(behind + at * channels + d, _over_states(terms * rates) * LN_2, mask=d < channels)
+        tl.store(behind + at * channels + d, tl.sum(terms * rates, 0, keep_dims=True) * LN_2, mask=d < channels)
         tl.store(states + piece, grad_A + total * terms, mask=inside)
 
     @triton.jit
-    def _backward_kernel(
+    def _selective_key_grads_kernel(
         grad,
         x,
         steps,
@@ -287,9 +280,8 @@ if HAS_TRITON:
         gate_token,
         N: tl.constexpr,
         CHUNK: tl.constexpr,
-        M: tl.constexpr,
         BLOCK: tl.constexpr,
-        K: tl.constexpr,
+        BLOCK_N: tl.constexpr,
         SKIP: tl.constexpr,
         GATE: tl.constexpr,
         SOFTPLUS: tl.constexpr,
@@ -307,8 +299,8 @@ if HAS_TRITON:
         grad_x += first * channels
         grad_dt += first * channels
         grad_B += (tl.program_id(0) * tl.num_programs(2).to(tl.int64) * length + first) * N
-        d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :, None]
-        n = tl.arange(0, M)[:, None, None] + tl.arange(0, K)[None, None, :] * M
+        d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        n = tl.arange(0, BLOCK_N)[:, None]
         rates = rates_of(A, d, n, channels, N)
         if SKIP:
             skips = load_channels(skip, d, channels)
@@ -318,9 +310,9 @@ if HAS_TRITON:
         passed = tl.load(ends + piece, mask=inside, other=0.0)
         total = load_channels(totals + at * channels, d, channels)
         exponents = load_channels(behind + at * channels, d, channels)
-        sum_skip = tl.zeros((1, BLOCK, 1), tl.float32)
-        sum_bias = tl.zeros((1, BLOCK, 1), tl.float32)
-        sum_A = tl.zeros((M, BLOCK, K), tl.float32)
+        sum_skip = tl.zeros((1, BLOCK), tl.float32)
+        sum_bias = tl.zeros((1, BLOCK), tl.float32)
+        sum_A = tl.zeros((BLOCK_N, BLOCK), tl.float32)
         tokens = tl.minimum(length - start, CHUNK).to(tl.int32)
         for i in range(tokens):
             t = tokens - 1 - i
@@ -336,7 +328,7 @@ if HAS_TRITON:
             new = step * values
             tl.store(grad_B + t * N + n, tl.sum(passed * new, 1, keep_dims=True), mask=n < N)
             terms = passed * keys
-            into = _over_states(terms)
+            into = tl.sum(terms, 0, keep_dims=True)
             grad_values = step * into
             if SKIP:
                 grad_values += skips * grads
@@ -345,7 +337,9 @@ if HAS_TRITON:
             terms *= new
             sum_A += total * terms
             total -= step
-            exponents += load_channels(asked + t * channels, d, channels) - _over_states(terms * rates) * LN_2
+            exponents += (
+                load_channels(asked + t * channels, d, channels) - tl.sum(terms * rates, 0, keep_dims=True) * LN_2
+            )
             grad_step = values * into + exponents
             if SOFTPLUS:
                 grad_step *= _slope(step)

@@ -1,6 +1,6 @@
 """The outputs of Mamba1's selective scan from the states before its chunks.
 
-A program walks along one chunk in a block of channels, all chunks side by side. Dims and tiles:
+A program walks along one chunk in a block of channels, all chunks side by side. Dims:
 `selective_scan_states.py`.
 """
 
@@ -32,13 +32,13 @@ def outputs(
     z, *z_strides = rows_of(x_BSD if z_BSD is None else z_BSD)
     B, *B_strides = rows_of(B_BSN)
     C, *C_strides = rows_of(C_BSN)
-    m, block, k, warps = tile(state)
+    block, block_n, warps = tile(state)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        _outputs_kernel[(-(-channels // block), chunks, rows)](
+        _selective_outputs_kernel[(-(-channels // block), chunks, rows)](
             x, steps_BSD, A_DN, B, C, A_DN if D_D is None else D_D, z, states_BCND, out, length, channels,
             *x_strides, *z_strides, *B_strides, *C_strides,
-            N=state, CHUNK=chunk, M=m, BLOCK=block, K=k, SKIP=D_D is not None, GATE=z_BSD is not None,
+            N=state, CHUNK=chunk, BLOCK=block, BLOCK_N=block_n, SKIP=D_D is not None, GATE=z_BSD is not None,
             num_warps=warps,
         )  # fmt: skip
     return out
@@ -74,7 +74,7 @@ if HAS_TRITON:
     from slipstream.kernels.selective_scan_states import load_channels, load_states, rates_of, sigmoid
 
     @triton.jit
-    def _outputs_kernel(
+    def _selective_outputs_kernel(
         x,
         steps,
         A,
@@ -96,9 +96,8 @@ if HAS_TRITON:
         C_token,
         N: tl.constexpr,
         CHUNK: tl.constexpr,
-        M: tl.constexpr,
         BLOCK: tl.constexpr,
-        K: tl.constexpr,
+        BLOCK_N: tl.constexpr,
         SKIP: tl.constexpr,
         GATE: tl.constexpr,
     ):
@@ -110,8 +109,8 @@ if HAS_TRITON:
         C += row * C_row + start * C_token
         steps += (row * length + start) * channels
         out += (row * length + start) * channels
-        d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :, None]
-        n = tl.arange(0, M)[:, None, None] + tl.arange(0, K)[None, None, :] * M
+        d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        n = tl.arange(0, BLOCK_N)[:, None]
         rates = rates_of(A, d, n, channels, N)
         if SKIP:
             skips = load_channels(skip, d, channels)
@@ -124,7 +123,7 @@ if HAS_TRITON:
             keys = load_states(B + t * B_token, n, N)
             queries = load_states(C + t * C_token, n, N)
             state = tl.exp2(rates * step) * state + (step * values) * keys
-            sums = tl.sum(tl.sum(state * queries, 2, keep_dims=True), 0, keep_dims=True)
+            sums = tl.sum(state * queries, 0, keep_dims=True)
             if SKIP:
                 sums += skips * values
             if GATE:

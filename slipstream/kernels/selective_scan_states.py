@@ -6,7 +6,7 @@ block of channels, all chunks side by side, each from a state of zero; a second 
 chunk to chunk. The same with the time reversed, `C[t]` for B and the outputs' gradient for `dt x`, gives the state's
 gradient.
 
-A state is a tile `[M, D, K]` with n = k M + m: K neighbouring threads share a channel and each has M of its states.
+A thread has a channel and up to 16 of its states.
 
 Dims: B rows, S tokens of a row, C chunks of L tokens, D channels, N states of a channel.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slipstream.kernels import HAS_TRITON, runs_on
 
-WIDEST = 256  # states of a channel that the kernels take
+WIDEST = 128  # states of a channel that the kernels take
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -91,11 +91,10 @@ def rows_of(tensor: Tensor) -> tuple[Tensor, int, int]:
     return tensor, tensor.stride(0), tensor.stride(1)
 
 
-def tile(state: int) -> tuple[int, int, int, int]:
-    """M, D, K and warps of a tile: a thread has up to 16 states of a channel."""
+def tile(state: int) -> tuple[int, int, int]:
+    """Channels and states of a tile, the latter all, and warps."""
     padded = 1 << (state - 1).bit_length()
-    lanes = max(1, padded // 16)
-    return padded // lanes, 128 // lanes, lanes, 4
+    return max(32, min(128, 2048 // padded)), padded, 4
 
 
 def _totals(x_BSD: Tensor, chunk: int) -> Tensor:
@@ -122,18 +121,18 @@ def _launch(
     gate, *gate_strides = rows_of(value_BSD if z_BSD is None else z_BSD)
     dt, *dt_strides = rows_of(dt_BSD)
     key, *key_strides = rows_of(key_BSN)
-    m, block, k, warps = tile(state)
+    block, block_n, warps = tile(state)
     reverse = steps_BSD is None
     out = torch.empty(rows, chunks, state, channels, dtype=torch.float32, device=value.device)
     with torch.cuda.device_of(value):
-        _walk_kernel[(-(-channels // block), chunks, rows)](
+        _selective_states_kernel[(-(-channels // block), chunks, rows)](
             value, gate, dt, key, A_DN, A_DN if bias_D is None else bias_D, out, totals_BCD,
             out if steps_BSD is None else steps_BSD, length, channels,
             *value_strides, *gate_strides, *dt_strides, *key_strides,
-            N=state, CHUNK=chunk, M=m, BLOCK=block, K=k, REVERSE=reverse, GATE=z_BSD is not None,
+            N=state, CHUNK=chunk, BLOCK=block, BLOCK_N=block_n, REVERSE=reverse, GATE=z_BSD is not None,
             BIAS=bias_D is not None, SOFTPLUS=softplus, num_warps=warps,
         )  # fmt: skip
-        _carry_kernel[(-(-channels * state // 128), rows)](
+        _selective_carry_kernel[(-(-channels * state // 128), rows)](
             A_DN, totals_BCD, out, channels, chunks, N=state, BLOCK=128, REVERSE=reverse, num_warps=4
         )
     return out
@@ -175,7 +174,7 @@ if HAS_TRITON:
         return tl.load(start + n, mask=n < N, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _walk_kernel(
+    def _selective_states_kernel(
         value,
         gate,
         dt,
@@ -197,9 +196,8 @@ if HAS_TRITON:
         key_token,
         N: tl.constexpr,
         CHUNK: tl.constexpr,
-        M: tl.constexpr,
         BLOCK: tl.constexpr,
-        K: tl.constexpr,
+        BLOCK_N: tl.constexpr,
         REVERSE: tl.constexpr,
         GATE: tl.constexpr,
         BIAS: tl.constexpr,
@@ -212,13 +210,13 @@ if HAS_TRITON:
         dt += row * dt_row + start * dt_token
         key += row * key_row + start * key_token
         steps += (row * length + start) * channels
-        d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :, None]
-        n = tl.arange(0, M)[:, None, None] + tl.arange(0, K)[None, None, :] * M
+        d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        n = tl.arange(0, BLOCK_N)[:, None]
         rates = rates_of(A, d, n, channels, N)
         if BIAS:
             biases = load_channels(bias, d, channels)
-        total = tl.zeros((1, BLOCK, 1), tl.float32)
-        state = tl.zeros((M, BLOCK, K), tl.float32)
+        total = tl.zeros((1, BLOCK), tl.float32)
+        state = tl.zeros((BLOCK_N, BLOCK), tl.float32)
         tokens = tl.minimum(length - start, CHUNK).to(tl.int32)
         for i in range(tokens):
             t = tokens - 1 - i if REVERSE else i
@@ -243,7 +241,7 @@ if HAS_TRITON:
         tl.store(out + at * N * channels + n * channels + d, state, mask=(d < channels) & (n < N))
 
     @triton.jit
-    def _carry_kernel(
+    def _selective_carry_kernel(
         A,
         totals,
         states,
