@@ -148,7 +148,7 @@ def test_the_same_every_time() -> None:
 
 @compiled_or_interpreted
 def test_one_operator_to_autograd_and_torch_compile() -> None:
-    x, dt, A, B, C, *optional = _inputs(5, 4, 2)
+    x, dt, A, B, C, *optional = _inputs(3, 4, 2)
     for others in (optional, [None, None, None]):
         torch.library.opcheck(
             torch.ops.slipstream.selective_scan.default,
