@@ -73,9 +73,10 @@ def accelerate(
         _loss(core, backend),
         _linear(core, backend, adapted=core is not model),
     )
-    if (scans := recurrent.install(core)) is not None:
+    if (found := recurrent.install(core)) is not None:
+        scans, documents = found
         faster = "" if scans != "torch" else "mamba_ssm or fla: their scans are kernels, ours here is PyTorch"
-        choices += (Choice("recurrent", scans, "states begin anew with each document of a packed row", faster),)
+        choices += (Choice("recurrent", scans, documents, faster),)
     checkpoint_activations(core, setup.activation_checkpointing)
     choices += _compile(core, backend)
     if hf.is_distributed(core):

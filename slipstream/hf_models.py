@@ -31,6 +31,7 @@ from slipstream import hf
 LLAMA4_EXPERTS, DBRX_EXPERTS, LONGCAT_EXPERTS = "Llama4TextExperts", "DbrxExperts", "LongcatFlashExperts"
 _IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # from_pretrained reads no tensor in advance
 MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
+SELECTIVE_SCAN = "mamba_selective_scan"  # in those with Mamba1 layers, which tell it nothing of documents
 
 
 def takes_positions(config: PretrainedConfig) -> bool:
@@ -193,24 +194,26 @@ SCANS = (MAMBA_SCAN, "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention
 CONVOLUTION = "causal_conv1d_fn"
 _BESIDE = (CONVOLUTION, "mamba2_split_conv1d_scan_combined")
 # Other scans that loop over chunks or tokens in Python: such functions, and modules that have the loop in a method.
-_LOOPS = ("mamba_selective_scan", "rwkv_linear_attention")
+_LOOPS = ("rwkv_linear_attention",)
 # JetMoe's count the tokens of each expert on the host and split by them: other sizes in every step.
 _LOOPING_MODULES = ("MiniMaxLightningAttention", "RecurrentGemmaRglru", "JetMoeAttention", "JetMoeMoE")
 _ORIGINAL = "slipstream_original"
 
 
 @contextmanager
-def scanning_by(model: Any, scan: Callable[..., Any]) -> Iterator[None]:
-    """Let the Mamba2 layers of `model` call `scan`, and leave all other optional packages (mamba_ssm, causal_conv1d,
-    fla) aside for Transformers' own PyTorch: their kernels take no fake tensors.
+def scanning_by(model: Any, scans: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Let the layers of `model` call these `scans`, by the names of those that they stand for, and leave all other
+    optional packages (mamba_ssm, causal_conv1d, fla) aside for Transformers' own PyTorch: their kernels take no fake
+    tensors.
 
-    Called as `mamba_chunk_scan_combined(x [B, S, H, D], dt, A, B, C, …)`.
+    Mamba2's is called as `mamba_chunk_scan_combined(x [B, S, H, D], dt, A, B, C, …)`, Mamba1's as
+    `selective_scan_fn(x [B, D, S], dt, A, B, C, …)`.
     """
     module = vars(sys.modules[type(model).__module__])
     # What `use_kernel_func_from_hub_with_fallback` made: the reference is inside.
     before = {name: value for name, value in module.items() if "torch_function" in _inside(_original(value))}
     for name, value in before.items():
-        module[name] = scan if name == MAMBA_SCAN else _original(value).__wrapped__
+        module[name] = scans.get(name, _original(value).__wrapped__)
     try:
         yield
     finally:
@@ -234,7 +237,7 @@ def runs_package(function: Any) -> bool:
 def recurrent_functions(model: Any) -> dict[str, Any]:
     """Those functions of the modelling file of `model`, by name."""
     module = vars(sys.modules[type(model).__module__])
-    return {name: _original(module[name]) for name in (*SCANS, *_BESIDE) if name in module}
+    return {name: _original(module[name]) for name in (*SCANS, SELECTIVE_SCAN, *_BESIDE) if name in module}
 
 
 def loops(model: Any) -> list[str]:
@@ -284,6 +287,13 @@ def set_time_step_limit(module: Any) -> None:
     limit = getattr(getattr(module, "config", None), "time_step_limit", None)
     if hasattr(module, "time_step_limit") and limit is not None:
         module.time_step_limit = tuple(map(float, limit))
+
+
+def ask_for_scan(module: Any, name: str) -> None:
+    """Let a Mamba1 layer hand `name` to its selective scan, as `use_associative_scan`: it hands on nothing else that
+    says whose layer it is."""
+    if hasattr(module, "use_associative_scan"):
+        module.use_associative_scan = name
 
 
 _RECORDED = "_slipstream_recorded"

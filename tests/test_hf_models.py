@@ -104,7 +104,7 @@ def test_mamba_scan_can_be_replaced() -> None:
     before = model(input_ids=ids, use_cache=False).logits
     module = sys.modules[type(model).__module__]
     conv = module.causal_conv1d_fn
-    with hf_models.scanning_by(model, scan):
+    with hf_models.scanning_by(model, {hf_models.MAMBA_SCAN: scan}):
         assert module.causal_conv1d_fn is inspect.unwrap(conv)
         model(input_ids=ids, use_cache=False)
     config = model.config
@@ -113,7 +113,7 @@ def test_mamba_scan_can_be_replaced() -> None:
     assert calls == [((*heads, config.mamba_head_dim), heads, True)] * mamba
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
     assert module.causal_conv1d_fn is conv
-    with hf_models.scanning_by(tiny_model("llama"), scan):  # has none
+    with hf_models.scanning_by(tiny_model("llama"), {hf_models.MAMBA_SCAN: scan}):  # has none
         pass
 
 
@@ -137,10 +137,25 @@ def test_outputs_are_recorded_outside_of_layers() -> None:
         assert ours(input_ids=ids).router_logits is None
 
 
+@pytest.mark.parametrize("name", ["jamba", "mamba", "falcon_mamba", "zamba"])
+def test_a_selective_scan_is_told_whose_layer_calls_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, told = tiny_model(name), []
+    original = hf_models.recurrent_functions(model)[hf_models.SELECTIVE_SCAN]
+
+    def scan(*args: Any, **kwargs: Any) -> Any:
+        told.append(kwargs["use_associative_scan"])
+        return original(*args, **kwargs)
+
+    for module in model.modules():
+        hf_models.ask_for_scan(module, "ours")
+    monkeypatch.setitem(vars(sys.modules[type(model).__module__]), hf_models.SELECTIVE_SCAN, scan)
+    model(input_ids=tiny_batch(1, 4), use_cache=False)
+    assert set(told) == {"ours"}
+
+
 def test_the_loops_that_stay_outside_of_graphs_are_there() -> None:
     """By the names that Transformers gives them."""
-    for name in ("jamba", "mamba", "falcon_mamba", "zamba", "rwkv"):
-        assert hf_models.loops(tiny_model(name)), name
+    assert hf_models.loops(tiny_model("rwkv"))
     for name in ("minimax", "recurrent_gemma", "jetmoe"):
         assert hf_models.looping_modules(tiny_model(name)), name
     assert not hf_models.loops(tiny_model("llama"))

@@ -22,6 +22,7 @@ import slipstream.moe.experts  # noqa: F401  (registers the expert path)
 from slipstream import hf, hf_models
 from slipstream.moe.activation import activation_name
 from slipstream.planning.flops import meta_model, top_k
+from slipstream.recurrent.selective_scan import selective_scan
 
 # What a compiled layer neither fuses nor computes again.
 _HEAVY = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "experts", "planned_attention", "planned_scan")
@@ -135,7 +136,7 @@ def model_shape(config: PretrainedConfig, seq_len: int) -> Shape:
         trace = _Trace(model.parameters(), watched.values())
         ids = torch.zeros(1, seq_len, dtype=torch.long)
         saving = torch.autograd.graph.saved_tensors_hooks(trace.save, lambda saved: saved)
-        with hf_models.scanning_by(model, _scan), trace, saving:
+        with hf_models.scanning_by(model, _SCANS), trace, saving:
             model.get_decoder()(input_ids=ids, use_cache=False)
     by_kind = {kind: _layer(entry, trace, seq_len, config) for kind, entry in watched.items()}
     found = tuple(by_kind[kind] for kind in kinds)
@@ -336,5 +337,13 @@ def _scan(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *a
     return (out, None) if kwargs.get("return_final_states") else out
 
 
+def _selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> Tensor:
+    z = kwargs["z"]
+    return selective_scan(
+        x.mT, dt.mT, A, B.mT, C.mT, kwargs["D"], z if z is None else z.mT, kwargs["delta_bias"], True
+    ).mT  # fmt: skip
+
+
+_SCANS: dict[str, Any] = {hf_models.MAMBA_SCAN: _scan, hf_models.SELECTIVE_SCAN: _selective_scan}
 _ATTENTION = "slipstream_planned"
 hf.register_attention(_ATTENTION, _attention, lambda *args, **kwargs: None)

@@ -20,15 +20,18 @@ from slipstream.kernels import HAS_TRITON
 from slipstream.recurrent.convolution import causal_conv, documents_of
 from slipstream.recurrent.gated_delta import gated_delta_rule
 from slipstream.recurrent.mamba2 import mamba2_scan
+from slipstream.recurrent.selective_scan import selective_scan
 
 DOCUMENTS = "seq_idx"  # Transformers' name for int32 ids [B, S], which mamba_ssm's and causal_conv1d's kernels take
 OURS = "slipstream_recurrent"  # an argument that a layer hands on to the functions below
+_APART = "states begin anew with each document of a packed row"
+_ALONG = "states run along the whole row, which is never packed"
 
 
-def install(model: Any) -> str | None:
-    """Let the Mamba2 layers, Gated DeltaNet and short convolutions of `model` use ours, in place; says what runs: a
-    package's "kernels", our own in "triton", plain "torch", or "compiled" where there is no scan; None where documents
-    are not kept apart."""
+def install(model: Any) -> tuple[str, str] | None:
+    """Let the Mamba layers, Gated DeltaNet and short convolutions of `model` use ours, in place; says what runs (a
+    package's "kernels", our own in "triton", plain "torch", or "compiled" where there is no scan), and what becomes of
+    documents; None where Transformers' loops run."""
     loops, looping = hf_models.loops(model), hf_models.looping_modules(model)
     hf_models.replace_recurrent(model, dict.fromkeys(loops, _outside))
     for module in looping:
@@ -38,15 +41,22 @@ def install(model: Any) -> str | None:
     hf_models.replace_recurrent(model, {name: _REPLACEMENTS[name] for name in functions if name not in fast})
     if not functions or loops or looping:
         return None
+    has_kernels = HAS_TRITON and torch.cuda.is_available()
+    if hf_models.SELECTIVE_SCAN in functions:
+        for module in model.modules():
+            hf_models.ask_for_scan(module, OURS)
+        if hf_models.SELECTIVE_SCAN in fast:
+            return "kernels", _ALONG
+        return ("triton", _ALONG) if has_kernels else None
     for module in model.modules():
         hf_models.set_time_step_limit(module)
     model.get_decoder().register_forward_pre_hook(_tell, with_kwargs=True)
     if len(fast) == len(functions):
-        return "kernels"
+        return "kernels", _APART
     if not any(name in functions for name in hf_models.SCANS):
-        return "compiled"
+        return "compiled", _APART
     ours = hf_models.MAMBA_SCAN in functions and hf_models.MAMBA_SCAN not in fast
-    return "triton" if ours and HAS_TRITON and torch.cuda.is_available() else "torch"
+    return "triton" if ours and has_kernels else "torch", _APART
 
 
 @torch.compiler.disable
@@ -114,10 +124,26 @@ def _gated_delta(original: Any, query: Any, key: Any, value: Any, g: Any, beta: 
     return gated_delta_rule(query, key, value, g, beta, document, normalize), None
 
 
+def _selective_scan(original: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, **kwargs: Any) -> Any:
+    cached = kwargs.get("return_last_state")
+    if cached or not _runs_kernels(x) or kwargs.get("use_associative_scan") != OURS:
+        return _outside(original, x, dt, A, B, C, **kwargs)
+    z = kwargs.get("z")
+    return selective_scan(
+        x.mT, dt.mT, A, B.mT, C.mT, kwargs.get("D"), None if z is None else z.mT, kwargs.get("delta_bias"),
+        kwargs.get("delta_softplus", False),
+    ).mT  # fmt: skip
+
+
+def _runs_kernels(x: torch.Tensor) -> bool:
+    return HAS_TRITON and x.is_cuda
+
+
 _REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _convolution,
     "mamba2_chunk_scan": _mamba2,
     "mamba2_split_conv1d_scan_combined": _mamba2_with_convolution,
     "torch_chunk_gated_delta_rule": _gated_delta,
     "chunk_kimi_delta_attention": _gated_delta,
+    "mamba_selective_scan": _selective_scan,
 }

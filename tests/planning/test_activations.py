@@ -93,7 +93,7 @@ def test_layers_and_widths() -> None:
     assert len(shape.linears) == len(linears)
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3", "nemotron_h", "qwen2_moe"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3", "nemotron_h", "jamba", "qwen2_moe"])
 def test_grows_with_the_tokens_alone(model_type: str) -> None:
     """No scores of tokens with tokens are kept, in windows, with sinks, in latent attention or in a scan."""
     config = tiny_config(model_type)

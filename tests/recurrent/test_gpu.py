@@ -1,11 +1,13 @@
 """Hybrid models on a GPU, layers compiled: packed documents stay apart, with and without the packages' kernels."""
 
+import copy
+
 import pytest
 import torch
 
 import slipstream
 from slipstream.coverage.checks import packed_batch
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_batch, tiny_model
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (40, 150, 66)
@@ -32,3 +34,17 @@ def test_moving_a_neighbour_changes_nothing(model_type: str) -> None:
     assert far.float().mean() < 0.1
     hidden[0].float().square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "mamba", "falcon_mamba", "zamba"])
+def test_mamba1_computes_what_transformers_does(model_type: str) -> None:
+    plain = tiny_model(model_type).to("cuda")
+    model = slipstream.accelerate(copy.deepcopy(plain))
+    assert slipstream.describe(model)["compile"].chosen == "layers"
+    assert slipstream.describe(model)["recurrent"].chosen in ("triton", "kernels")
+    ids = tiny_batch(2, 150).cuda()
+    for one in (plain, model):
+        one(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if expected.grad is not None:
+            assert (parameter.grad - expected.grad).norm() <= 1e-2 * expected.grad.norm().clamp(min=1e-4), name
