@@ -3,7 +3,7 @@
 Dims: T tokens, H hidden, K experts per token, E experts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +15,7 @@ from slipstream.bench.timing import peak_above_gib, time_ms
 from slipstream.moe.routing import balanced_index
 from slipstream.planning.flops import meta_model, top_k
 
+RIVALS = ("transformers", "liger")
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -28,6 +29,7 @@ def bench_layer(
     ceiling: float = 750.0,
     tiny: bool = False,
     iterations: int = 20,
+    rivals: Sequence[str] = RIVALS,
 ) -> Iterator[dict[str, Any]]:
     """Yield rows of `tokens`, `routing`, `imbalance`, `contender`, and either `error` or times, rates and memory, as
     they are measured: the slow starters last.
@@ -37,11 +39,14 @@ def bench_layer(
         tokens: of one rank, a list of sizes.
         simulate_ep: ranks of a group of which one's share is run: `E / simulate_ep` experts, `T * K` rows in all, as
             they arrive after an exchange (one expert each).
+        rivals: of `RIVALS`, beside ours.
         ceiling: the TFLOP/s that a dense GEMM reaches on this device, to compare with.
 
     Raises:
-        ValueError: the preset is dense, or its experts don't divide by `simulate_ep`.
+        ValueError: the preset is dense, its experts don't divide by `simulate_ep`, or there is no such rival.
     """
+    if unknown := [name for name in rivals if name not in RIVALS]:
+        raise ValueError(f"--rivals {unknown[0]}: use some of {','.join(RIVALS)}")
     config = build_config(model, tiny=tiny)
     config = build_config(model, experts=0, tiny=tiny) if hf.num_routed_experts(config) else config
     experts = hf.num_routed_experts(config)
@@ -55,7 +60,7 @@ def bench_layer(
         count = count if simulate_ep == 1 else count * top_k(config)
         about = {"tokens": count, "experts": module.num_experts, "top_k": k}
         inputs = {routing: _inputs(module, count, k, routing, device, dtype) for routing in ("balanced", "learned")}
-        for name, forward in _contenders(owner, module):
+        for name, forward in _contenders(owner, module, rivals):
             for routing, given in inputs.items():
                 load = torch.bincount(given[1].flatten(), minlength=module.num_experts).float()
                 yield {
@@ -96,20 +101,23 @@ def _inputs(
     return x_TH.requires_grad_(), idx_TK, weights_TK.requires_grad_()
 
 
-def _contenders(owner: Any, module: Any) -> Iterator[tuple[str, Experts | str]]:
+def _contenders(owner: Any, module: Any, rivals: Sequence[str]) -> Iterator[tuple[str, Experts | str]]:
     """Names, each with its forward or the reason why there is none."""
     import slipstream.moe.experts  # noqa: F401  (registers the implementation "slipstream")
 
-    for name, implementation in (("slipstream", "slipstream"), ("transformers grouped_mm", "grouped_mm")):
-        owner.set_experts_implementation(implementation)  # until the next one is asked for
-        yield name, module
+    owner.set_experts_implementation("slipstream")  # until the next one is asked for
+    yield "slipstream", module
+    if "transformers" in rivals:
+        owner.set_experts_implementation("grouped_mm")
+        yield "transformers grouped_mm", module
     weights = [parameter for parameter in module.parameters() if parameter.ndim == 3]
     if weights[0].dtype == torch.bfloat16 and not any(
         fp8.obstacle(weight.device) or fp8.width_obstacle(*weight.shape[1:]) for weight in weights
     ):
         owner.set_experts_implementation("slipstream_fp8")
         yield "slipstream fp8", module
-    yield "liger fused moe", _liger(module)  # tunes its kernels for minutes
+    if "liger" in rivals:
+        yield "liger fused moe", _liger(module)  # tunes its kernels for minutes
 
 
 def _liger(module: Any) -> Experts | str:

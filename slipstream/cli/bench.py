@@ -143,6 +143,9 @@ def layer(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     simulate_ep: Annotated[int, typer.Option(help="Run one rank's share of a group of this size.")] = 1,
     ceiling: Annotated[float, typer.Option(help="TFLOP/s of a dense GEMM here, to compare with.")] = 750.0,
+    rivals: Annotated[
+        str, typer.Option(help="Comma list, or '' for none. Liger's kernels tune for minutes.")
+    ] = "transformers,liger",
     iterations: Iterations = 20,
     device: Device = None,
     tiny: Tiny = False,
@@ -161,6 +164,7 @@ def layer(
     for row in bench_layer(
         model, [_whole("--tokens", size) for size in _listed(tokens)], parse_device(_device(device)),
         dtype=dtypes[dtype], simulate_ep=simulate_ep, ceiling=ceiling, tiny=tiny, iterations=iterations,
+        rivals=_listed(rivals),
     ):  # fmt: skip
         found = row.get("error") or f"{row['ms']['forward_backward']['median']:.3f} ms forward + backward"
         typer.echo(f"{row['tokens']} tokens, {row['routing']}, {row['contender']}: {found}", err=True)

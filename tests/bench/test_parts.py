@@ -34,6 +34,17 @@ def test_layer(model: str) -> None:
             )
 
 
+def test_layer_beside_some_rivals_alone() -> None:
+    def rows(*rivals: str) -> list[str]:
+        found = bench_layer("qwen3-30b-a3b", [16], CPU, tiny=True, iterations=1, rivals=rivals)
+        return [row["contender"] for row in found]
+
+    assert rows() == ["slipstream"] * 2
+    assert rows("liger") == ["slipstream"] * 2 + ["liger fused moe"] * 2
+    with pytest.raises(ValueError, match="--rivals sonic: use some of transformers,liger"):
+        rows("sonic")
+
+
 def test_layer_counts_the_operations_of_its_products() -> None:
     row = next(bench_layer("qwen3-30b-a3b", [16], CPU, tiny=True, iterations=1))
     rows, hidden, intermediate = 16 * 2, 64, 32
