@@ -15,7 +15,7 @@ from slipstream.kernels import HAS_TRITON, runs_on
 from slipstream.kernels.rounding import Random, join, philox, round_to, split
 
 _BLOCK, _WARPS = 2048, 8  # 8 elements a thread: one 16-byte access a bf16 tensor
-_SHARED = 1 << 22  # smaller tensors share launches: one of their own takes the host longer than the GPU
+_SHARED = 1 << 23  # smaller tensors share launches: one of their own takes the host longer than the GPU
 _CHUNK = 1 << 18  # elements that the reference takes at once, so that its intermediate results stay in the cache
 _WORD = 0xFFFFFFFF
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from slipstream.kernels.adamw import Coefficients, Update, adamw_all_
-from slipstream.optim.shards import random_of
+from slipstream.optim.shards import place_of, random_at
 
 Rounding = Literal["nearest", "stochastic", "master"]
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +76,7 @@ class AdamW(Optimizer):
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self._stepped: list[Tensor] = []  # the numbers of steps that the last step has raised
+        self._parts: dict[Tensor, _Part] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -97,7 +98,7 @@ class AdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.grad_scale, self.found_inf, self._stepped = None, None, []
+        self.grad_scale, self.found_inf, self._stepped, self._parts = None, None, [], {}
         for group in self.param_groups:  # of a checkpoint of torch.optim.AdamW
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -132,16 +133,34 @@ class AdamW(Optimizer):
                 if param.grad is not None:
                     work.append((number, param, _local_grad(number, param), group, group_lr))
                 number += 1
-        adamw_all_(self._update(*entry, coefficients, controls) for entry in work)
+        self._stepped = [self._states(param, group)["step"] for _, param, _, group, _ in work]
+        if work:
+            torch._foreach_add_(self._stepped, 1)
+        steps = torch.stack(self._stepped).tolist() if work else []
+        adamw_all_(
+            self._update(*entry, int(step), coefficients, controls) for entry, step in zip(work, steps, strict=True)
+        )
         # Autograd does not see what a kernel writes.
         torch.autograd.graph.increment_version([param for _, param, *_ in work])
         return loss
 
     def forget_step(self) -> None:
         """Count the last step as not made: `found_inf` was set. Bias corrections are then those of the steps made."""
-        for step in self._stepped:
-            step.sub_(1)
+        if self._stepped:
+            torch._foreach_sub_(self._stepped, 1)
         self._stepped = []
+
+    def _states(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The parameter's, made where they are missing."""
+        state = self.state[param]
+        if not state:
+            dtype = group["state_dtype"] or (torch.bfloat16 if param.dtype == torch.float16 else param.dtype)
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+        if "residual" not in state and _has_residual(param, group):
+            state["residual"] = torch.zeros_like(param, dtype=torch.int16)
+        return state
 
     def _update(
         self,
@@ -150,31 +169,40 @@ class AdamW(Optimizer):
         grad: Tensor,
         group: dict[str, Any],
         lr: float,
+        step: int,
         coefficients: Callable[..., Coefficients],
         controls: Callable[[torch.device], tuple[Tensor | None, Tensor | None]],
     ) -> Update:
         state = self.state[param]
-        master = group["rounding"] == "master" and param.dtype == torch.bfloat16
-        if not state:
-            dtype = group["state_dtype"] or (torch.bfloat16 if param.dtype == torch.float16 else param.dtype)
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
-        if master and "residual" not in state:
-            state["residual"] = torch.zeros_like(param, dtype=torch.int16)
-        state["step"] += 1
-        self._stepped.append(state["step"])
-        step = int(state["step"])
+        residual = state["residual"] if _has_residual(param, group) else None
+        whole = (_local(param), state["exp_avg"], state["exp_avg_sq"], residual)
+        part = self._parts.get(param)
+        if part is None or any(one is not other for one, other in zip(part.whole, whole, strict=True)):
+            local = [None if tensor is None else _local(tensor) for tensor in whole]
+            part = self._parts[param] = _Part(whole, local, place_of(param))
+        own, exp_avg, exp_avg_sq, missing = part.local
         return Update(
-            _local(param),
+            own,
             grad,
-            _local(state["exp_avg"]),
-            _local(state["exp_avg_sq"]),
-            _local(state["residual"]) if master else None,
+            exp_avg,
+            exp_avg_sq,
+            missing,
             coefficients(lr, tuple(group["betas"]), group["eps"], group["weight_decay"], step),
-            None if group["rounding"] == "nearest" else random_of(param, group["seed"], number, step),
+            None if group["rounding"] == "nearest" else random_at(part.place, group["seed"], number, step),
             *controls(param.device),
         )
+
+
+class _Part(NamedTuple):
+    """What a step would find out anew for each parameter, a good part of the host's time where there are many."""
+
+    whole: tuple[Any, ...]  # this rank's weights and the states, which it was found for
+    local: list[Any]
+    place: tuple[int, int]
+
+
+def _has_residual(param: Tensor, group: dict[str, Any]) -> bool:
+    return group["rounding"] == "master" and param.dtype == torch.bfloat16
 
 
 def _controls(

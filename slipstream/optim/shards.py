@@ -14,11 +14,16 @@ from slipstream.kernels.rounding import Random
 _WORD = (1 << 64) - 1
 
 
-def random_of(param: torch.Tensor, seed: int, number: int, step: int) -> Random:
-    """The random bits of this rank's part of `param`, which is the optimizer's parameter `number`, at a step."""
-    start, shard = 0, 0
-    if isinstance(param, DTensor):
-        start, shard = place(param.shape, param.device_mesh, param.placements, param.to_local().is_contiguous())
+def place_of(param: torch.Tensor) -> tuple[int, int]:
+    """What `place` says of this rank's part of `param`."""
+    if not isinstance(param, DTensor):
+        return 0, 0
+    return place(param.shape, param.device_mesh, param.placements, param.to_local().is_contiguous())
+
+
+def random_at(part: tuple[int, int], seed: int, number: int, step: int) -> Random:
+    """The random bits, at a step, of the part that `place_of` gave of the optimizer's parameter `number`."""
+    start, shard = part
     return Random(mix(_key(seed, step, shard) ^ number), start)
 
 
