@@ -1,7 +1,7 @@
 """Models whose tokens travel by stores into other ranks' memory; on a CPU run by `test_nvlink.test_interpreted`."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -116,16 +116,21 @@ def test_a_model_trains_as_with_all_to_all(adapted: bool) -> None:
         assert graphs == (2 if adapted else 1), "compiled layers share a graph, which contains the exchange"
 
 
+def _train_each(*cases: tuple[Any, ...]) -> list[tuple[list[float], int]]:
+    return [_train(*case) for case in cases]
+
+
 @runnable
 def test_layers_that_are_computed_again_compile() -> None:
-    expected, found = run(_train, 2, "nvlink", False), run(_train, 2, "nvlink", True, False, "auto", "full")
-    for (losses, graphs), (wanted, _) in zip(found, expected, strict=True):
+    for (wanted, _), (losses, graphs) in run(
+        _train_each, 2, ("nvlink", False), ("nvlink", True, False, "auto", "full")
+    ):
         assert losses == pytest.approx(wanted, rel=1e-4)
         assert graphs == 1
 
 
-def _train_in_fp8(dispatcher: str) -> tuple[list[float], int]:
-    """Losses, and how many GEMMs were in FP8."""
+def _train_in_fp8(*dispatchers: str) -> list[tuple[list[float], int]]:
+    """Losses with each, and how many GEMMs were in FP8."""
     fp8.obstacle = lambda device: None
     if INTERPRETED:
         kernels.fp8.DTYPE = torch.float32  # the interpreter cannot cast to e4m3: see tests/kernels/test_fp8.py
@@ -136,14 +141,17 @@ def _train_in_fp8(dispatcher: str) -> tuple[list[float], int]:
         return original(*operands)
 
     grouped_mm.grouped_mm_fp8 = counted
-    losses, _ = _train(dispatcher, compiled=False, experts="fp8")
-    return losses, len(calls)
+    found = []
+    for dispatcher in dispatchers:
+        losses, _ = _train(dispatcher, compiled=False, experts="fp8")
+        found.append((losses, len(calls)))
+        calls.clear()
+    return found
 
 
 @runnable
 @pytest.mark.skipif(gpus > 1 and torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper GPUs")
 def test_a_model_trains_in_fp8_as_with_all_to_all() -> None:
-    expected, found = (run(_train_in_fp8, 2, name) for name in ("all_to_all", "nvlink"))
-    for (losses, calls), (wanted, others) in zip(found, expected, strict=True):
+    for (wanted, others), (losses, calls) in run(_train_in_fp8, 2, "all_to_all", "nvlink"):
         assert losses == pytest.approx(wanted, rel=1e-2)
         assert calls == others == 16, "two GEMMs forward and two back, in two layers, at two steps"
