@@ -44,7 +44,7 @@ def written_out(query, key, value, sinks, cu_seqlens, window):
 
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["no sinks", "sinks"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize(("heads", "groups"), [pytest.param(4, 4, marks=pytest.mark.slow), (4, 2), (3, 1)])
 def test_output_and_gradients(heads, groups, case, with_sinks) -> None:
     cu_seqlens, window = CASES[case]
     max_length = None if cu_seqlens is None else torch.tensor(S)

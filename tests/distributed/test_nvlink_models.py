@@ -149,6 +149,7 @@ def _train_in_fp8(*dispatchers: str) -> list[tuple[list[float], int]]:
     return found
 
 
+@pytest.mark.slow
 @runnable
 @pytest.mark.skipif(gpus > 1 and torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper GPUs")
 def test_a_model_trains_in_fp8_as_with_all_to_all() -> None:

@@ -98,7 +98,10 @@ def test_compiled_layers_are_one_graph_each(model_type: str, packed: bool) -> No
         assert (found[name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp(min=1e-3), name
 
 
-@pytest.mark.parametrize("model_type", ["minimax", "jamba", "qwen3_next", "jetmoe"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["jamba", "qwen3_next", *(pytest.param(name, marks=pytest.mark.slow) for name in ("minimax", "jetmoe"))],
+)
 def test_loops_over_tokens_stay_outside_of_compiled_layers(model_type: str) -> None:
     """Inside, a graph has their steps one by one, for one length."""
     sizes: list[int] = []

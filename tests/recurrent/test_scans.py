@@ -126,7 +126,7 @@ def _delta(length: int, channels: bool) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("kind", ["one", "several", "tokens"])
-@pytest.mark.parametrize("length", [1, 64, 150])
+@pytest.mark.parametrize("length", [1, pytest.param(64, marks=pytest.mark.slow), 150])
 def test_gated_delta_rule(length: int, kind: str, channels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_delta, "SEGMENT", 128)
     inputs, document = _delta(length, channels), _documents(kind, length)

@@ -112,7 +112,10 @@ def _step(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("model_type", ["jamba", "mamba", "falcon_mamba", "zamba"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["jamba", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mamba", "falcon_mamba", "zamba"))],
+)
 def test_models_compute_the_same(model_type: str) -> None:
     plain = tiny_model(model_type)
     model = slipstream.accelerate(copy.deepcopy(plain))
