@@ -7,7 +7,6 @@ dynamic in it, so that neither another layer, nor another step, nor a short last
 """
 
 import functools
-import inspect
 import os
 import shutil
 import sys
@@ -15,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -24,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from slipstream import hf_models
+from slipstream import hf, hf_models
 
 # Graphs per layer class: its kinds (dense, MoE, sliding window, …), in training and evaluation, for one row and more.
 _GRAPHS = 64
@@ -73,13 +72,13 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     name = _class_name(self)
     if name in self.__dict__[_UNCOMPILED]:
         return own(self, *args, **kwargs)
-    backend, outside = self.__dict__[_BACKEND], _recomputes_outside(self)
-    if outside:
+    backend = self.__dict__[_BACKEND]
+    if _recomputes_outside(self):
         kwargs.pop("use_cache", None)
-    # Transformers' wrapper of the layer's own forward would checkpoint inside of the graph.
-    run: Any = functools.partial(_compiled(inspect.unwrap(own) if outside else own, backend), self, **kwargs)
-    if outside:
-        run = functools.partial(cast(Any, self)._gradient_checkpointing_func, run)
+        graph = _compiled(hf.without_checkpoint(self), backend)
+        run = hf.recomputed(self, functools.partial(graph, self, **kwargs))
+    else:
+        run = functools.partial(_compiled(own, backend), self, **kwargs)
     try:
         return run(*_alike(self, args))
     except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -98,12 +97,10 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return own(self, *args, **kwargs)
 
 
-def _recomputes_outside(layer: Any) -> bool:
+def _recomputes_outside(layer: nn.Module) -> bool:
     """Whether `layer` is computed again in backward and its experts are split: their forward puts local tensors in the
     place of DTensors, which torch.compile does not allow inside of a checkpoint."""
-    if not (layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()):
-        return False
-    return any(isinstance(parameter, DTensor) for parameter in layer.parameters())
+    return hf.is_recomputed(layer) and any(isinstance(parameter, DTensor) for parameter in layer.parameters())
 
 
 def uncompiled(model: nn.Module) -> dict[str, str]:

@@ -6,6 +6,8 @@ Each name used here has a test in tests/test_hf.py that fails when upstream move
 """
 
 import copy
+import functools
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -231,6 +233,21 @@ def mark_fsdp_managed(model: Any) -> None:
 def checkpoint_layers(model: Any) -> None:
     """Let every decoder layer run again in backward."""
     model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def is_recomputed(layer: Any) -> bool:
+    """Whether what `layer` computes now is computed again in backward."""
+    return bool(layer.gradient_checkpointing and layer.training and torch.is_grad_enabled())
+
+
+def recomputed(layer: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` such that it runs again in backward, as the layer's own does."""
+    return functools.partial(layer._gradient_checkpointing_func, forward)
+
+
+def without_checkpoint(layer: Any) -> Callable[..., Any]:
+    """The forward of the layer's class inside the wrapper that would checkpoint it."""
+    return inspect.unwrap(type(layer).forward)
 
 
 def is_distributed(model: PreTrainedModel) -> bool:

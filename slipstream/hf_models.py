@@ -184,12 +184,13 @@ def causal_mask(model: Any, hidden_BSH: torch.Tensor, mask: torch.Tensor | None,
     )  # fmt: skip
 
 
+# Kinds of layers that mix tokens by plain attention, and those that mix none.
+_PLAIN = {
+    "full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid_attention",
+    "moe", "mlp", "dense", "sparse",
+}  # fmt: skip
 # The functions of a modelling file that its recurrent layers call, each a kernel's where a package has it: the scans,
 # and what comes before or beside them.
-_ATTENTION = {
-    "full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid_attention",
-    "moe", "mlp", "dense", "sparse",  # layers that mix no tokens
-}  # fmt: skip
 SCANS = (MAMBA_SCAN, "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 CONVOLUTION = "causal_conv1d_fn"
 _BESIDE = (CONVOLUTION, "mamba2_split_conv1d_scan_combined")
@@ -272,7 +273,7 @@ def beside_attention(config: PretrainedConfig) -> list[str]:
     """The kinds of layers, by the config's names, that mix tokens by something else than plain causal attention."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
-    return sorted(set(kinds) - _ATTENTION)
+    return sorted(set(kinds) - _PLAIN)
 
 
 def calls_any(config: PretrainedConfig, functions: Iterable[str]) -> bool:

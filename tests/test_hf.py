@@ -148,3 +148,20 @@ def test_packing_is_looked_for_by_this_name() -> None:
         assert masking_utils.find_packed_sequence_indices is once
     finally:
         masking_utils.find_packed_sequence_indices = original
+
+
+def test_a_layer_that_is_computed_again() -> None:
+    model = tiny_model("qwen3_moe")
+    layer = model.get_decoder().layers[0]
+    assert not hf.is_recomputed(layer)
+    hf.checkpoint_layers(model)
+    assert not hf.is_recomputed(layer.eval())
+    assert hf.is_recomputed(layer.train())
+    with torch.no_grad():
+        assert not hf.is_recomputed(layer)
+    assert "checkpoint" not in hf.without_checkpoint(layer).__code__.co_names
+    assert hf.without_checkpoint(layer).__code__ is not type(layer).forward.__code__
+    calls = []
+    run = hf.recomputed(layer, lambda x: calls.append(None) or (x * x).sin())
+    run(torch.ones(2, requires_grad=True)).sum().backward()
+    assert len(calls) == 2

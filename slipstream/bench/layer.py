@@ -60,13 +60,13 @@ def bench_layer(
         count = count if simulate_ep == 1 else count * top_k(config)
         about = {"tokens": count, "experts": module.num_experts, "top_k": k}
         inputs = {routing: _inputs(module, count, k, routing, device, dtype) for routing in ("balanced", "learned")}
+        imbalances = {routing: _imbalance(idx_TK, module.num_experts) for routing, (_, idx_TK, _) in inputs.items()}
         for name, forward in _contenders(owner, module, rivals):
             for routing, given in inputs.items():
-                load = torch.bincount(given[1].flatten(), minlength=module.num_experts).float()
                 yield {
                     **about,
                     "routing": routing,
-                    "imbalance": (load.max() / load.mean()).item(),
+                    "imbalance": imbalances[routing],
                     "contender": name,
                     **_measure(forward, module, given, ceiling, iterations),
                 }
@@ -99,6 +99,11 @@ def _inputs(
         idx_TK = balanced_index(idx_TK, module.num_experts)
     weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True)).to(dtype)
     return x_TH.requires_grad_(), idx_TK, weights_TK.requires_grad_()
+
+
+def _imbalance(idx_TK: torch.Tensor, experts: int) -> float:
+    load = torch.bincount(idx_TK.flatten(), minlength=experts).float()
+    return (load.max() / load.mean()).item()
 
 
 def _contenders(owner: Any, module: Any, rivals: Sequence[str]) -> Iterator[tuple[str, Experts | str]]:

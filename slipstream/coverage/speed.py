@@ -134,8 +134,8 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
 
 
 def limit(options: Timed, device: str, theirs_ms: float) -> dict[str, Any]:
-    """`others`: the kinds of layers that compute on both sides what Transformers has written in PyTorch, or a package's
-    kernels. Or, without such, `limit`: the ratio of a step of GEMMs, attention and AdamW alone."""
+    """`others`: the kinds of layers that mix tokens by something else than plain attention, of which the least time is
+    not counted. Or, without such, `limit`: the ratio of a step of GEMMs, attention and AdamW alone."""
     config = options.config()
     if others := beside_attention(config):
         return {"others": others}

@@ -24,8 +24,8 @@ Every causal-LM architecture of Transformers {transformers}, as `slipstream cove
 - **step**, **memory**: Transformers' time of a training step over ours, and our peak memory over theirs, by
   `slipstream coverage --speed` at the shapes of the architecture's default config, fewer layers and experts where one
   GPU has no room for them. A row below {aim} says why: what GEMMs, attention and AdamW alone, at the rates of
-  [planning](planning.md), would leave as the most that any kernel around them could gain, or which layers run the same
-  PyTorch code on both sides, as their packages are not installed.
+  [planning](planning.md), would leave as the most that any kernel around them could gain, or which layers mix tokens by
+  something for which that is not counted. Indexed and compressed attention is Transformers' PyTorch code on both sides.
 """
 
 
@@ -104,7 +104,7 @@ def _why(speed: dict[str, Any]) -> list[str]:
     if speed["step"] >= AIM:
         return []
     if others := speed.get("others"):
-        return [f"**{', '.join(others)}: PyTorch code on both sides**"]
+        return [f"**{', '.join(others)}: not counted what it takes at least**"]
     known = speed.get("limit", 0) > speed["step"]
     return [f"**at most {speed['limit']:.2f} x: GEMMs, attention, AdamW**"] if known else []
 

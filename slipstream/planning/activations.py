@@ -22,7 +22,7 @@ import slipstream.moe.experts  # noqa: F401  (registers the expert path)
 from slipstream import hf, hf_models
 from slipstream.moe.activation import activation_name
 from slipstream.planning.flops import meta_model, top_k
-from slipstream.recurrent.selective_scan import selective_scan
+from slipstream.recurrent.selective_scan import channels_first
 
 # What a compiled layer neither fuses nor computes again.
 _HEAVY = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "experts", "planned_attention", "planned_scan")
@@ -337,13 +337,6 @@ def _scan(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *a
     return (out, None) if kwargs.get("return_final_states") else out
 
 
-def _selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> Tensor:
-    z = kwargs["z"]
-    return selective_scan(
-        x.mT, dt.mT, A, B.mT, C.mT, kwargs["D"], z if z is None else z.mT, kwargs["delta_bias"], True
-    ).mT  # fmt: skip
-
-
-_SCANS: dict[str, Any] = {hf_models.MAMBA_SCAN: _scan, hf_models.SELECTIVE_SCAN: _selective_scan}
+_SCANS: dict[str, Any] = {hf_models.MAMBA_SCAN: _scan, hf_models.SELECTIVE_SCAN: channels_first}
 _ATTENTION = "slipstream_planned"
 hf.register_attention(_ATTENTION, _attention, lambda *args, **kwargs: None)

@@ -20,7 +20,7 @@ from slipstream.kernels import HAS_TRITON
 from slipstream.recurrent.convolution import causal_conv, documents_of
 from slipstream.recurrent.gated_delta import gated_delta_rule
 from slipstream.recurrent.mamba2 import mamba2_scan
-from slipstream.recurrent.selective_scan import selective_scan
+from slipstream.recurrent.selective_scan import channels_first
 
 DOCUMENTS = "seq_idx"  # Transformers' name for int32 ids [B, S], which mamba_ssm's and causal_conv1d's kernels take
 OURS = "slipstream_recurrent"  # an argument that a layer hands on to the functions below
@@ -128,11 +128,7 @@ def _selective_scan(original: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, **kw
     cached = kwargs.get("return_last_state")
     if cached or not _runs_kernels(x) or kwargs.get("use_associative_scan") != OURS:
         return _outside(original, x, dt, A, B, C, **kwargs)
-    z = kwargs.get("z")
-    return selective_scan(
-        x.mT, dt.mT, A, B.mT, C.mT, kwargs.get("D"), None if z is None else z.mT, kwargs.get("delta_bias"),
-        kwargs.get("delta_softplus", False),
-    ).mT  # fmt: skip
+    return channels_first(x, dt, A, B, C, **kwargs)
 
 
 def _runs_kernels(x: torch.Tensor) -> bool:

@@ -51,6 +51,15 @@ def selective_scan(
     return out_BSD
 
 
+def channels_first(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any) -> Tensor:
+    """`selective_scan` as Transformers' layers call theirs: tensors `[B, D, S]` and `[B, N, S]`, returned alike."""
+    z = kwargs.get("z")
+    return selective_scan(
+        x.mT, dt.mT, A, B.mT, C.mT, kwargs.get("D"), None if z is None else z.mT, kwargs.get("delta_bias"),
+        kwargs.get("delta_softplus", False),
+    ).mT  # fmt: skip
+
+
 def selective_scan_reference(
     x_BSD: Tensor,
     dt_BSD: Tensor,
