@@ -58,7 +58,7 @@ export -f ranks save_and_load curves
 export here out nproc python
 
 bench qwen3 280 --model qwen3-30b-a3b "${layers[@]:---layers=0}" --rivals transformers,transformers-ep --gate "${GATES:-balanced,learned}"
-bench nemotron 150 --model nemotron-3-nano-30b-a3b "${layers[@]:---layers=0}" --rivals transformers,transformers-ep --gate learned
+bench nemotron 200 --model nemotron-3-nano-30b-a3b "${layers[@]:---layers=0}" --rivals transformers,transformers-ep --gate learned
 bench gpt-oss 180 --model gpt-oss-20b "${layers[@]:---layers=0}" --rivals transformers --gate learned
 bench qwen3-batch4 120 --model qwen3-30b-a3b "${layers[@]:---layers=0}" --micro-batch 4 --activation-checkpointing full \
   --rivals transformers --gate learned

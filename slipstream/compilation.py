@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from slipstream import hf, hf_models
+from slipstream.parallel.units import class_of
 
 # Graphs per layer class: its kinds (dense, MoE, sliding window, …), in training and evaluation, for one row and more.
 _GRAPHS = 64
@@ -59,7 +60,7 @@ def compile_layers(
         layer.__dict__[_BACKEND], layer.__dict__[_GPU_ONLY] = backend, gpu_only
         layer.__dict__[_UNCOMPILED] = failed
     hf_models.record_outside(model, layers)
-    return sorted({type(layer).__name__ for layer in layers})
+    return sorted({class_of(layer).__name__ for layer in layers})
 
 
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +70,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return own(self, *args, **kwargs)
     if self.__dict__[_GPU_ONLY] and not any(map(_on_gpu, (*args, *kwargs.values()))):
         return own(self, *args, **kwargs)
-    name = _class_name(self)
+    name = class_of(self).__name__
     if name in self.__dict__[_UNCOMPILED]:
         return own(self, *args, **kwargs)
     backend = self.__dict__[_BACKEND]
@@ -106,10 +107,6 @@ def _recomputes_outside(layer: nn.Module) -> bool:
 def uncompiled(model: nn.Module) -> dict[str, str]:
     """The classes of layers that `compile_layers` was to compile, but that torch.compile failed at, and why."""
     return {name: why for layer in decoder_layers(model) for name, why in layer.__dict__.get(_UNCOMPILED, {}).items()}
-
-
-def _class_name(layer: nn.Module) -> str:
-    return type(layer).__name__.removeprefix("FSDP")
 
 
 def _first_line(error: BaseException) -> str:
@@ -153,7 +150,8 @@ def _compiled(own: Callable[..., Any], backend: str | Callable[..., Any]) -> Cal
         out = compiled(self, *args, **kwargs)
         seconds.append(time.perf_counter() - started)
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"slipstream: compiled {_class_name(self)} in {seconds[0]:.0f} s (cached on disk)", file=sys.stderr)
+            name = class_of(self).__name__
+            print(f"slipstream: compiled {name} in {seconds[0]:.0f} s (cached on disk)", file=sys.stderr)
         return out
 
     return announcing

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from slipstream.backend import BackendConfig
 from slipstream.compilation import uncompiled
 from slipstream.parallel.setup import DistributedSetup
+from slipstream.parallel.units import class_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -104,7 +105,7 @@ def describe(model: Any) -> Description:
             else choice
             for choice in choices
         )
-    return Description(type(model).__name__, parameters, choices)
+    return Description(class_of(model).__name__, parameters, choices)
 
 
 def acceleration_of(model: Any) -> Acceleration | None:

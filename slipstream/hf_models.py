@@ -26,6 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 from transformers.utils import output_capturing
 
 from slipstream import hf
+from slipstream.parallel.units import class_of
 
 # Classes of experts modules that Transformers calls in ways of their own; see `moe.foreign`.
 LLAMA4_EXPERTS, DBRX_EXPERTS, LONGCAT_EXPERTS = "Llama4TextExperts", "DbrxExperts", "LongcatFlashExperts"
@@ -210,7 +211,7 @@ def scanning_by(model: Any, scans: dict[str, Callable[..., Any]]) -> Iterator[No
     Mamba2's is called as `mamba_chunk_scan_combined(x [B, S, H, D], dt, A, B, C, …)`, Mamba1's as
     `selective_scan_fn(x [B, D, S], dt, A, B, C, …)`.
     """
-    module = vars(sys.modules[type(model).__module__])
+    module = vars(sys.modules[class_of(model).__module__])
     # What `use_kernel_func_from_hub_with_fallback` made: the reference is inside.
     before = {name: value for name, value in module.items() if "torch_function" in _inside(_original(value))}
     for name, value in before.items():
@@ -237,25 +238,25 @@ def runs_package(function: Any) -> bool:
 
 def recurrent_functions(model: Any) -> dict[str, Any]:
     """Those functions of the modelling file of `model`, by name."""
-    module = vars(sys.modules[type(model).__module__])
+    module = vars(sys.modules[class_of(model).__module__])
     return {name: _original(module[name]) for name in (*SCANS, SELECTIVE_SCAN, *_BESIDE) if name in module}
 
 
 def loops(model: Any) -> list[str]:
     """The functions of the modelling file of `model` whose scans are loops in Python, but those of
     `recurrent_functions`."""
-    module = vars(sys.modules[type(model).__module__])
+    module = vars(sys.modules[class_of(model).__module__])
     return [name for name in _LOOPS if name in module and not runs_package(module[name])]
 
 
 def looping_modules(model: nn.Module) -> list[nn.Module]:
     """The modules in `model` whose forward has such a loop in it."""
-    return [module for module in model.modules() if type(module).__name__ in _LOOPING_MODULES]
+    return [module for module in model.modules() if class_of(module).__name__ in _LOOPING_MODULES]
 
 
 def replace_recurrent(model: Any, replacements: dict[str, Callable[..., Any]]) -> None:
     """Let the modelling file of `model` call `replacement(original, *args, **kwargs)` in the place of each."""
-    module = vars(sys.modules[type(model).__module__])
+    module = vars(sys.modules[class_of(model).__module__])
     for name, replacement in replacements.items():
         module[name] = _replaced(_original(module[name]), replacement)
 

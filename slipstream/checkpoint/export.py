@@ -37,6 +37,7 @@ from slipstream.checkpoint.export_plan import (
 )
 from slipstream.checkpoint.output import INCOMPLETE
 from slipstream.parallel.setup import rank_and_ranks
+from slipstream.parallel.units import class_of
 
 T = TypeVar("T")
 
@@ -315,7 +316,7 @@ def _write_rest(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None,
     """The files beside the weights, which rank 0 writes."""
     config = copy.deepcopy(model.config)
     config.dtype = str(dtype or model.dtype).removeprefix("torch.")
-    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 renames the class
+    config.architectures = [class_of(model).__name__]
     hf.save_modelling_code(model, config, folder)
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:

@@ -21,6 +21,7 @@ from slipstream.moe.lora import LowRank
 from slipstream.moe.packed import is_packed, packed
 from slipstream.moe.routing import balanced_index
 from slipstream.numerics import compute_dtype
+from slipstream.parallel.units import class_of
 
 # On an experts module with adapters: what gives those of projections (by name, in a dtype), None for one without.
 ADAPTERS = "_slipstream_adapters"
@@ -122,7 +123,7 @@ def run_mlp(
 
 def fp8_obstacle(experts: Any) -> str | None:
     """Why `experts` cannot run in FP8, whatever their widths and device, or None."""
-    kind = type(experts).__name__.removeprefix("FSDP")
+    kind = class_of(experts).__name__
     if not is_fused(experts):
         return f"{kind} has parameters between or behind its projections, which run outside the experts' operator"
     return f"the weights of {kind} are stored in 4 bits" if is_packed(experts) else None

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from slipstream import hf, hf_models
+from slipstream.parallel.units import class_of
 
 
 @dataclass
@@ -50,7 +51,7 @@ def adapt(model: nn.Module) -> bool:
     """Give the experts of `model` the interface, in place, if they lack it and are known here; whether it has such."""
     found = False
     for name, experts in list(model.named_modules()):
-        adapter = _ADAPTERS.get(_kind(experts))
+        adapter = _ADAPTERS.get(class_of(experts).__name__)
         if adapter is None:
             continue
         found = True
@@ -79,7 +80,7 @@ def set_implementation(model: nn.Module, name: str) -> None:
 
 def own_projections(experts: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Up `[E, 2I, H]` and down `[E, H, I]` where a module keeps them in another form, else None."""
-    kind = _kind(experts)
+    kind = class_of(experts).__name__
     if kind == hf_models.DBRX_EXPERTS:
         mlp = experts.mlp
         w1, v1, w2 = (w.view(experts.num_experts, -1, experts.hidden_size) for w in (mlp.w1, mlp.v1, mlp.w2))
@@ -89,13 +90,9 @@ def own_projections(experts: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     return None
 
 
-def _kind(experts: Any) -> str:
-    return type(experts).__name__.removeprefix("FSDP")  # FSDP2 renames the class
-
-
 def _apply_gate(experts: Any, hidden: torch.Tensor) -> torch.Tensor:
     gate, up = hidden.chunk(2, dim=-1)
-    return _ADAPTERS[_kind(experts)].act_fn(experts)(gate) * up
+    return _ADAPTERS[class_of(experts).__name__].act_fn(experts)(gate) * up
 
 
 def forward(self: Any, x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,9 @@
-"""What FSDP2 gathers at once, and for how long."""
+"""The units of FSDP2: what it gathers at once, for how long, and their classes."""
 
 from collections.abc import Sequence
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 # The host spends 1-2 ms of a step on a unit's hooks, gathers and reduction, whatever its size (H200, torch 2.11).
 # Layers whose experts lie elsewhere are small and share a unit of up to so many parameters, 128 MB in bf16.
@@ -26,3 +29,10 @@ def joined(sizes: Sequence[int], most: int = UNIT_PARAMETERS) -> list[list[int]]
 def frees_after_forward(asked: bool | None, layer_bytes: float) -> bool:
     """Whether gathered weights of layers, `layer_bytes` together, are freed between forward and backward."""
     return layer_bytes > KEPT_BYTES if asked is None else asked
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that `module` was made with: FSDP2 gives its units classes of their own, in its own file, whose second
+    base that class is."""
+    made = type(module)
+    return made.__mro__[2] if issubclass(made, FSDPModule) else made

@@ -148,6 +148,36 @@ def test_ranks_that_draw_differently_train_one_adapter(folders: Any, tmp_path: P
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def averaged(base: Path) -> list[int]:
+    """The sizes of what is reduced in each of two backwards, whose gradients add up."""
+    model = load(base, None, {"ep_size": 2})
+    dense = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    sizes: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    for seed in (5, 6):
+        ids = tiny_batch(1, 16, seed=seed + 2 * dist.get_rank())
+        model(input_ids=ids, labels=ids).loss.backward()
+    dist.all_reduce = all_reduce
+    for parameter in dense:
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0
+        mean = parameter.grad / 2
+        dist.all_reduce(mean)
+        torch.testing.assert_close(parameter.grad, mean)
+    assert set(sizes) == {sum(parameter.numel() for parameter in dense)}
+    return sizes
+
+
+def test_dense_adapters_are_averaged_at_once(folders: Any) -> None:
+    assert [len(sizes) for sizes in run_ranks(averaged, 2, folders("qwen3_moe")[0])] == [2, 2]
+
+
 def gathered(base: Path, adapter: Path, out: Path) -> tuple[int, int]:
     """How many tensors were made whole while saving, and how many of the adapters' are spread."""
     model = load(base, adapter, {"ep_size": 2})

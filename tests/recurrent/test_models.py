@@ -1,6 +1,7 @@
 """Whole hybrid models over packed rows: what stands beside a document changes nothing, in either direction."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import slipstream
 from slipstream import hf_models
 from slipstream.compilation import compile_layers
 from slipstream.coverage.checks import packed_batch
+from tests.distributed.harness import run_ranks
 from tests.tiny_models import tiny_batch, tiny_model
 
 TYPES = ["nemotron_h", "granitemoehybrid", "bamba", "qwen3_next", "olmo_hybrid", "kimi_linear", "lfm2_moe"]
@@ -23,18 +25,24 @@ def _gradients(model: Any, batch: dict[str, Any], labels: torch.Tensor) -> dict[
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("model_type", TYPES)
-def test_moving_a_neighbour_changes_nothing(model_type: str, checkpointing: bool) -> None:
-    model = slipstream.accelerate(tiny_model(model_type), backend={"attn": "slipstream"})  # as on a GPU
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+def _neighbours() -> tuple[dict[str, Any], dict[str, Any], slice, torch.Tensor]:
+    """Two packed rows that have the document in the middle in common, where it lies, and labels for it alone."""
     one, other = packed_batch(LENGTHS, seed=5), packed_batch(LENGTHS, seed=6)
     inside = slice(LENGTHS[0], LENGTHS[0] + LENGTHS[1])
     other["input_ids"][:, inside] = one["input_ids"][:, inside]
     labels = torch.full_like(one["input_ids"], -100)
     labels[:, inside] = one["input_ids"][:, inside]
     labels[:, inside.start] = -100
+    return one, other, inside, labels
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_moving_a_neighbour_changes_nothing(model_type: str, checkpointing: bool) -> None:
+    model = slipstream.accelerate(tiny_model(model_type), backend={"attn": "slipstream"})  # as on a GPU
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    one, other, inside, labels = _neighbours()
     found, moved = (_gradients(model, batch, labels) for batch in (one, other))
     alone = one["input_ids"][:, inside]
     # A row of its own takes Transformers' path, which also says what the scans have to compute.
@@ -43,6 +51,30 @@ def test_moving_a_neighbour_changes_nothing(model_type: str, checkpointing: bool
     for name, grad in expected.items():
         assert (moved[name] - found[name]).abs().max() <= 1e-5 * size, name
         assert (found[name] - grad).abs().max() <= 2e-5 * size, name
+
+
+def _on_two_ranks(path: Path) -> tuple[str, float, float]:
+    """What scans in a model that FSDP2 shards, the size of a rank's gradients, and how far a neighbour moves them."""
+    model: Any = slipstream.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, backend={"attn": "slipstream"}, distributed_setup={"ep_size": 2}
+    )
+    one, other, _, labels = _neighbours()
+    found, moved = (
+        {name: grad.to_local() for name, grad in _gradients(model.train(), batch, labels).items()}
+        for batch in (one, other)
+    )
+    size = max(grad.abs().max().item() for grad in found.values() if grad.numel())
+    apart = max((found[name] - moved[name]).abs().max().item() for name in found if found[name].numel())
+    return slipstream.describe(model)["recurrent"].chosen, size, apart
+
+
+def test_moving_a_neighbour_changes_nothing_under_fsdp2(tmp_path: Path) -> None:
+    """FSDP2 gives a model a class in a file of its own."""
+    tiny_model("nemotron_h").save_pretrained(tmp_path)
+    for chosen, size, apart in run_ranks(_on_two_ranks, 2, tmp_path):
+        assert chosen == "torch"
+        assert apart <= 1e-5 * size
+        assert size > 0
 
 
 def test_positions_alone_say_where_documents_begin() -> None:
