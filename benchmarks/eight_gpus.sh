@@ -59,7 +59,7 @@ export here out nproc python
 
 bench qwen3 280 --model qwen3-30b-a3b "${layers[@]:---layers=0}" --rivals transformers,transformers-ep --gate "${GATES:-balanced,learned}"
 bench nemotron 200 --model nemotron-3-nano-30b-a3b "${layers[@]:---layers=0}" --rivals transformers,transformers-ep --gate learned
-bench gpt-oss 180 --model gpt-oss-20b "${layers[@]:---layers=0}" --rivals transformers --gate learned
+bench gpt-oss 240 --model gpt-oss-20b "${layers[@]:---layers=0}" --rivals transformers --gate learned
 bench qwen3-batch4 120 --model qwen3-30b-a3b "${layers[@]:---layers=0}" --micro-batch 4 --activation-checkpointing full \
   --rivals transformers --gate learned
 bench qwen3-half-ep 80 --model qwen3-30b-a3b "${layers[@]:---layers=0}" --ep "$((nproc / 2))" --rivals "" --gate learned

@@ -4,10 +4,12 @@ the functions of its modelling file that compute in plain PyTorch make way for o
 A scan that is a loop in Python stays outside of compiled layers, ours or not: with a dynamic length its graph takes
 minutes or does not compile, and one loop over tokens is another graph for each length.
 
-Where mamba_ssm, causal_conv1d or fla are installed, their kernels run as in Transformers, documents included.
+Where mamba_ssm, causal_conv1d or fla are installed, their kernels run as in Transformers. fla's take documents as
+`cu_seqlens` and one row only, which Transformers hands to some of them, and only where the caller gave it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 
 from slipstream import hf_models
 from slipstream.attention.causal import documents
+from slipstream.attention.rows import rows_of
 from slipstream.kernels import HAS_TRITON
 from slipstream.recurrent.convolution import causal_conv, documents_of
 from slipstream.recurrent.gated_delta import gated_delta_rule
@@ -23,7 +26,8 @@ from slipstream.recurrent.mamba2 import mamba2_scan
 from slipstream.recurrent.selective_scan import channels_first
 
 DOCUMENTS = "seq_idx"  # Transformers' name for int32 ids [B, S], which mamba_ssm's and causal_conv1d's kernels take
-OURS = "slipstream_recurrent"  # an argument that a layer hands on to the functions below
+# Arguments that a layer hands on to the functions below: that it is one of ours, and where documents begin.
+OURS, BOUNDS = "slipstream_recurrent", "slipstream_bounds"
 _APART = "states begin anew with each document of a packed row"
 _ALONG = "states run along the whole row, which is never packed"
 
@@ -39,6 +43,8 @@ def install(model: Any) -> tuple[str, str] | None:
     functions = hf_models.recurrent_functions(model)
     fast = [name for name, function in functions.items() if hf_models.runs_package(function)]
     hf_models.replace_recurrent(model, {name: _REPLACEMENTS[name] for name in functions if name not in fast})
+    of_fla = [name for name in fast if _REPLACEMENTS[name] is _gated_delta]
+    hf_models.replace_recurrent(model, dict.fromkeys(of_fla, _package_delta))
     if not functions or loops or looping:
         return None
     has_kernels = HAS_TRITON and torch.cuda.is_available()
@@ -50,10 +56,11 @@ def install(model: Any) -> tuple[str, str] | None:
         return ("triton", _ALONG) if has_kernels else None
     for module in model.modules():
         hf_models.set_time_step_limit(module)
-    model.get_decoder().register_forward_pre_hook(_tell, with_kwargs=True)
-    if len(fast) == len(functions):
+    model.get_decoder().register_forward_pre_hook(partial(_tell, bool(of_fla)), with_kwargs=True)
+    scans = [name for name in functions if name in hf_models.SCANS]
+    if set(scans or functions) <= set(fast):
         return "kernels", _APART
-    if not any(name in functions for name in hf_models.SCANS):
+    if not scans:
         return "compiled", _APART
     ours = hf_models.MAMBA_SCAN in functions and hf_models.MAMBA_SCAN not in fast
     return "triton" if ours and has_kernels else "torch", _APART
@@ -71,13 +78,19 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(self).forward(self, *args, **kwargs)
 
 
-def _tell(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def _tell(
+    bounds: bool, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
     if kwargs.get("past_key_values") is not None:
         return None
     found: dict[str, Any] = {OURS: True}
+    tokens = args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if bounds and kwargs.get("attention_mask") is None:
+        rows = rows_of({**kwargs, "input_ids": tokens})
+        if rows is not None and rows.segments is not None:
+            found[BOUNDS] = rows.segments.cu_seqlens
     if kwargs.get(DOCUMENTS) is None and kwargs.get("attention_mask") is None:
-        tokens = args[0] if args else kwargs.get("input_ids")
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         positions, cu_seqlens = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
         if cu_seqlens is not None and tokens is not None:
             found[DOCUMENTS] = documents(tokens.shape[0], tokens.shape[1], cu_seqlens.to(tokens.device)).int()
@@ -122,6 +135,16 @@ def _gated_delta(original: Any, query: Any, key: Any, value: Any, g: Any, beta: 
         return _outside(original, query, key, value, g=g, beta=beta, **kwargs)
     normalize = kwargs.get("use_qk_l2norm_in_kernel", False)
     return gated_delta_rule(query, key, value, g, beta, document, normalize), None
+
+
+@torch.compiler.disable
+def _package_delta(original: Any, query: Any, key: Any, value: Any, g: Any, beta: Any, **kwargs: Any) -> Any:
+    bounds = kwargs.get(BOUNDS)
+    if bounds is None or kwargs.get("output_final_state") or kwargs.get("initial_state") is not None:
+        return original(query, key, value, g=g, beta=beta, **kwargs)
+    row = [tensor.flatten(0, 1)[None] for tensor in (query, key, value, g, beta)]
+    out, state = original(*row[:3], g=row[3], beta=row[4], **{**kwargs, "cu_seqlens": bounds})
+    return out.unflatten(1, query.shape[:2])[0], state
 
 
 def _selective_scan(original: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, **kwargs: Any) -> Any:

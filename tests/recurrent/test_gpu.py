@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 LENGTHS = (40, 150, 66)
 
 
-@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen3_next", "kimi_linear"])
 def test_moving_a_neighbour_changes_nothing(model_type: str) -> None:
     model = slipstream.accelerate(tiny_model(model_type).to("cuda", torch.bfloat16))
     assert slipstream.describe(model)["compile"].chosen == "layers"

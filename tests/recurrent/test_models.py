@@ -1,6 +1,8 @@
 """Whole hybrid models over packed rows: what stands beside a document changes nothing, in either direction."""
 
 import copy
+import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,61 @@ def test_plain_transformers_stays_as_it_is() -> None:
     assert torch.equal(*written)
     with pytest.raises(ValueError, match="can't keep packed sequences apart"):
         plain(**packed_batch(LENGTHS, seed=5), seq_idx=torch.zeros(1, 39, dtype=torch.int32), use_cache=False)
+
+
+def _as_fla_has_it(original: Any, told: list[Any]) -> Any:
+    """A scan that `hf_models.runs_package` takes for a package's, with fla's way to be told of documents: one row."""
+    is_new_implementation = True
+
+    def scan(
+        query: Any, key: Any, value: Any, *, g: Any, beta: Any, use_qk_l2norm_in_kernel: bool, cu_seqlens: Any = None,
+        output_final_state: bool = False, initial_state: Any = None, **_: Any,
+    ) -> Any:  # fmt: skip
+        assert is_new_implementation
+        told.append(cu_seqlens)
+        given = (query, key, value, g, beta)
+        bounds = [0, query.shape[1]]
+        if cu_seqlens is not None:
+            assert query.shape[0] == 1, "fla takes one row"
+            bounds = cu_seqlens.tolist()
+        outs = []
+        for start, end in itertools.pairwise(bounds):
+            *one, g_one, beta_one = (tensor[:, start:end] for tensor in given)
+            out, state = original(*one, g=g_one, beta=beta_one, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
+            outs.append(out)
+        return torch.cat(outs, 1), state
+
+    return scan
+
+
+@pytest.mark.parametrize("told_by", ["cu_seq_lens_q", "position_ids"])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("qwen3_next", "torch_chunk_gated_delta_rule"), ("kimi_linear", "chunk_kimi_delta_attention")],
+)
+def test_a_package_is_told_where_documents_begin(
+    model_type: str, name: str, told_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers hands fla's kernels what the caller gave, or nothing at all (Kimi's)."""
+    plain, told = tiny_model(model_type), []
+    one, other = packed_batch(LENGTHS, seed=5), packed_batch(LENGTHS, seed=6)
+    if told_by == "position_ids":
+        rows = {key: torch.cat([one[key], other[key]]) for key in ("input_ids", "position_ids")}
+    else:
+        rows = {key: value for key, value in one.items() if key != "position_ids"}
+    model = slipstream.accelerate(copy.deepcopy(plain), backend={"attn": "slipstream"})
+    expected = _gradients(model, rows, rows["input_ids"])
+    original = hf_models.recurrent_functions(plain)[name]
+    monkeypatch.setitem(vars(sys.modules[type(plain).__module__]), name, _as_fla_has_it(original, told))
+    model = slipstream.accelerate(plain, backend={"attn": "slipstream"})
+    assert slipstream.describe(model)["recurrent"].chosen == "kernels"  # our convolution beside them
+    found = _gradients(model, rows, rows["input_ids"])
+    ends = [0, 9, 32, 39, 48, 71, 78][: 4 if told_by == "cu_seq_lens_q" else None]
+    assert told
+    assert all(bounds.tolist() == ends for bounds in told)
+    size = max(grad.abs().max().item() for grad in expected.values())
+    for key, grad in expected.items():
+        assert (found[key] - grad).abs().max() <= 2e-5 * size, key
 
 
 def test_steps_are_clamped_as_the_config_says() -> None:
