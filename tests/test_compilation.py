@@ -70,7 +70,7 @@ def test_activation_checkpointing_inside(checkpointing) -> None:
     torch.testing.assert_close(compiled_grads, grads)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_router_logits_leave_a_layer_without_breaking_its_graph(checkpointing) -> None:
     """For a load-balancing loss; asked for or not, in any order, with gradients of their own."""
     model, ids = accelerated("qwen3_moe", checkpointing), tiny_batch()

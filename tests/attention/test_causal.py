@@ -57,7 +57,7 @@ def test_output_and_gradients(heads, groups, case, with_sinks) -> None:
     with torch.no_grad():
         expected = written_out(*qkv, sinks if with_sinks else None, cu_seqlens, window)
     torch.testing.assert_close(ours(*arguments), expected)
-    assert torch.autograd.gradcheck(ours, arguments)
+    assert torch.autograd.gradcheck(ours, arguments, fast_mode=True)
 
 
 def test_bf16_rounds_once() -> None:

@@ -105,7 +105,13 @@ def test_three_clipped_steps(checkpoints: Path, model_type: str) -> None:
     compare(run_ranks(worker, 4, folder, {"ep_size": 2})[0], expected)
 
 
-@pytest.mark.parametrize("setup", [{"ep_size": 2, "activation_checkpointing": "full"}, {}], ids=["ep", "fsdp"])
+@pytest.mark.parametrize(
+    "setup",
+    [
+        pytest.param({"ep_size": 2, "activation_checkpointing": "full"}, id="ep"),
+        pytest.param({}, id="fsdp", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_layers(checkpoints: Path, setup: dict[str, Any]) -> None:
     folder, expected = reference(checkpoints, "qwen3_moe")
     compare(run_ranks(compiled_worker, 2, folder, setup)[0], expected)

@@ -264,7 +264,7 @@ def spread(model_type: str, folder: str, setup: dict, compiled: bool) -> dict:
 
 
 SPREAD = [
-    ("qwen3_moe", 1, True),
+    pytest.param("qwen3_moe", 1, True, marks=pytest.mark.slow),
     ("afmoe", 2, False),
     pytest.param("deepseek_v3", 2, True, marks=pytest.mark.slow),
 ]
