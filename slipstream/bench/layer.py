@@ -15,7 +15,7 @@ from slipstream.bench.timing import peak_above_gib, time_ms
 from slipstream.moe.routing import balanced_index
 from slipstream.planning.flops import meta_model, top_k
 
-RIVALS = ("transformers", "liger")
+RIVALS = ("transformers", "liger", "sonic")
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -68,7 +68,7 @@ def bench_layer(
                     "routing": routing,
                     "imbalance": imbalances[routing],
                     "contender": name,
-                    **_measure(forward, module, given, ceiling, iterations),
+                    **_measured(name, forward, module, given, ceiling, iterations),
                 }
 
 
@@ -121,14 +121,50 @@ def _contenders(owner: Any, module: Any, rivals: Sequence[str]) -> Iterator[tupl
     ):
         owner.set_experts_implementation("slipstream_fp8")
         yield "slipstream fp8", module
+    # These compile and tune their kernels for minutes.
+    if "sonic" in rivals:
+        yield "sonic-moe (quack)", _sonic(module)
     if "liger" in rivals:
-        yield "liger fused moe", _liger(module)  # tunes its kernels for minutes
+        yield "liger fused moe", _liger(module)
+
+
+def _unlike(module: Any) -> str | None:
+    """Why an experts module is none of the kind that both packages take, or None."""
+    plain = module.has_gate and module.is_concatenated and not module.is_transposed and not module.has_bias
+    if plain and "silu" in type(module.act_fn).__name__.lower():
+        return None
+    return "only SwiGLU as [gate; up] without biases"
+
+
+def _sonic(module: Any) -> Experts | str:
+    """SonicMoE (Guo et al. 2025, arXiv 2512.14080), whose GEMMs are quack's."""
+    if (why := _unlike(module)) is not None:
+        return why
+    if find_spec("sonicmoe") is None:
+        return "sonic-moe is not installed"
+    try:
+        from sonicmoe import moe_general_routing_inputs
+        from sonicmoe.enums import ActivationType
+    except ImportError as error:  # its pins and quack's differ
+        return f"sonic-moe does not import: {error}"
+
+    def forward(x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        tokens, top_k = idx_TK.shape
+        token_R = torch.arange(tokens, dtype=torch.int32, device=x_TH.device).repeat_interleave(top_k)
+        up_NHE, down_HIE = module.gate_up_proj.permute(1, 2, 0), module.down_proj.permute(1, 2, 0)
+        out_TH, _ = moe_general_routing_inputs(
+            x_TH, weights_TK.flatten(), token_R, idx_TK.flatten().to(torch.int32), up_NHE, None, down_HIE, None,
+            module.num_experts, torch.cuda.current_stream().cuda_stream if x_TH.is_cuda else 0, ActivationType.SWIGLU,
+            concat_layout=True,
+        )  # fmt: skip
+        return out_TH
+
+    return forward
 
 
 def _liger(module: Any) -> Experts | str:
-    plain = module.has_gate and module.is_concatenated and not module.is_transposed and not module.has_bias
-    if not plain or "silu" not in type(module.act_fn).__name__.lower():
-        return "only SwiGLU as [gate; up] without biases"
+    if (why := _unlike(module)) is not None:
+        return why
     if find_spec("liger_kernel") is None:
         return "liger_kernel is not installed"
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
@@ -139,6 +175,16 @@ def _liger(module: Any) -> Experts | str:
         )
 
     return forward
+
+
+def _measured(name: str, forward: Experts | str, *of: Any) -> dict[str, Any]:
+    """`_measure`; of a package that does not run here a row that says so."""
+    try:
+        return _measure(forward, *of)
+    except Exception as error:
+        if name.startswith(("slipstream", "transformers")):
+            raise
+        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]}
 
 
 def _measure(

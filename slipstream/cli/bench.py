@@ -144,8 +144,8 @@ def layer(
     simulate_ep: Annotated[int, typer.Option(help="Run one rank's share of a group of this size.")] = 1,
     ceiling: Annotated[float, typer.Option(help="TFLOP/s of a dense GEMM here, to compare with.")] = 750.0,
     rivals: Annotated[
-        str, typer.Option(help="Comma list, or '' for none. Liger's kernels tune for minutes.")
-    ] = "transformers,liger",
+        str, typer.Option(help="Comma list, or '' for none. Liger's and sonic-moe's kernels tune for minutes.")
+    ] = "transformers,liger,sonic",
     iterations: Iterations = 20,
     device: Device = None,
     tiny: Tiny = False,

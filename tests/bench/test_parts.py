@@ -1,8 +1,13 @@
 """The expert layer, the optimizer and the loss alone."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from slipstream.bench import layer
 from slipstream.bench.layer import bench_layer
 from slipstream.bench.loss import bench_loss, shape_of
 from slipstream.bench.optimizer import bench_optimizer
@@ -22,11 +27,11 @@ def without_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("model", ["qwen3-30b-a3b", "gpt-oss-20b", "nemotron-3-nano-30b-a3b", "nemotron-3-ultra-550b"])
 def test_layer(model: str) -> None:
     rows = list(bench_layer(model, [16], CPU, tiny=True, iterations=1))
-    assert [row["routing"] for row in rows] == ["balanced", "learned"] * 3
+    assert [row["routing"] for row in rows] == ["balanced", "learned"] * 4
     for row in rows:
         assert (row["tokens"], row["experts"], row["top_k"]) == (16, 8, 2)
         assert row["imbalance"] == 1 or row["routing"] == "learned"
-        if row["contender"] != "liger fused moe":
+        if row["contender"] in ("slipstream", "transformers grouped_mm"):
             assert row["ms"]["forward_backward"]["min"] > 0
             flops = row["tflops"]["forward"] * row["ms"]["forward"]["median"]
             assert flops * 3 == pytest.approx(
@@ -41,8 +46,48 @@ def test_layer_beside_some_rivals_alone() -> None:
 
     assert rows() == ["slipstream"] * 2
     assert rows("liger") == ["slipstream"] * 2 + ["liger fused moe"] * 2
-    with pytest.raises(ValueError, match="--rivals sonic: use some of transformers,liger"):
-        rows("sonic")
+    with pytest.raises(ValueError, match="--rivals deepgemm: use some of transformers,liger,sonic"):
+        rows("deepgemm")
+
+
+def _stand_in(calls: list[str]) -> ModuleType:
+    """The package sonicmoe as bench calls it, written out."""
+
+    def general(x, scores, tokens, experts, up_NHE, up_bias, down_HIE, down_bias, count, stream, kind, concat_layout):
+        assert concat_layout
+        assert (tokens.diff() >= 0).all(), "it wants tokens in order"
+        calls.append(kind)
+        hidden = torch.einsum("rh,nhr->rn", x[tokens], up_NHE[..., experts])
+        gate, up = hidden.chunk(2, dim=-1)
+        rows = torch.einsum("ri,hir->rh", torch.nn.functional.silu(gate) * up, down_HIE[..., experts])
+        return torch.zeros_like(x).index_add(0, tokens, rows * scores[:, None].to(rows.dtype)), None
+
+    package: Any = ModuleType("sonicmoe")
+    package.moe_general_routing_inputs = general
+    return package
+
+
+def test_sonic_moe_gets_the_layer_that_ours_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("slipstream.bench.layer.find_spec", lambda _: True)
+    monkeypatch.setitem(sys.modules, "sonicmoe", _stand_in(calls))
+    enums: Any = ModuleType("sonicmoe.enums")
+    enums.ActivationType = SimpleNamespace(SWIGLU="swiglu")
+    monkeypatch.setitem(sys.modules, "sonicmoe.enums", enums)
+    owner, module = layer._experts_module("qwen3-30b-a3b", 8, True, CPU, torch.float32)
+    inputs = layer._inputs(module, 16, 2, "learned", CPU, torch.float32)
+    outs = {name: forward(*inputs) for name, forward in layer._contenders(owner, module, ["sonic"])}
+    torch.testing.assert_close(outs["sonic-moe (quack)"], outs["slipstream"])
+    assert calls == ["swiglu"]
+
+
+def test_a_package_that_does_not_run_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no kernel\nmore")
+
+    monkeypatch.setattr(layer, "_sonic", lambda _: fails)
+    rows = list(bench_layer("qwen3-30b-a3b", [16], CPU, tiny=True, iterations=1, rivals=["sonic"]))
+    assert [row.get("error") for row in rows] == [None, None, *["RuntimeError: no kernel"] * 2]
 
 
 def test_layer_counts_the_operations_of_its_products() -> None:
