@@ -28,7 +28,9 @@ from slipstream.checkpoint.export import Team
 from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR
 from slipstream.moe.experts import ADAPTERS, projection_names
 from slipstream.moe.lora import LowRank, low_rank
+from slipstream.parallel.average import AverageGradients
 from slipstream.parallel.gather import Spread, gather_parts, spread_over
+from slipstream.parallel.units import class_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -120,6 +122,7 @@ def _patch() -> None:
     model.__init__ = _keeping_equal(model.__init__)
     model.add_adapter = _keeping_equal(model.add_adapter)
     model.save_pretrained = _save_pretrained(model.save_pretrained)
+    model._get_base_model_class = _base_class
     linear_adapters.patch()
     shared_adapters.patch()
 
@@ -308,7 +311,7 @@ def _keeping_equal(original: Any) -> Any:
         original(self, *args, **kwargs)
         if not _is_spread(self):
             return
-        average: _Average = vars(self).setdefault(_AVERAGED, _Average())
+        average: AverageGradients = vars(self).setdefault(_AVERAGED, AverageGradients())
         for parameter in self.parameters():
             trains = parameter.requires_grad
             # A later adapter trains only once it is made active.
@@ -324,37 +327,9 @@ def _keeping_equal(original: Any) -> Any:
     return add
 
 
-class _Average:
-    """Makes the gradients of parameters their mean over the ranks at the end of backward, all together: one by one they
-    are two launches each. Of what was averaged before, the mean is that again, so gradients may accumulate."""
-
-    def __init__(self) -> None:
-        self._added = 0
-        self._reached: dict[int, dict[int, Tensor]] = {}  # a backward, which may be inside another -> by their number
-
-    def add(self, parameter: Tensor) -> None:
-        parameter.register_post_accumulate_grad_hook(functools.partial(self._reach, self._added))
-        self._added += 1
-
-    def _reach(self, number: int, parameter: Tensor) -> None:
-        backward = torch._C._current_graph_task_id()
-        if backward not in self._reached:
-            self._reached[backward] = {}
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(functools.partial(self._finish, backward))
-        self._reached[backward][number] = parameter
-
-    def _finish(self, backward: int) -> None:
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for _, parameter in sorted(self._reached.pop(backward).items()):  # in one order on all ranks
-            assert parameter.grad is not None
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for grads in by_dtype.values():
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-            parts = flat.split([grad.numel() for grad in grads])
-            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+def _base_class(self: Any, is_prompt_tuning: bool = False) -> type[nn.Module]:
+    """What an adapter's files name as the class to load; FSDP2 changes a model's."""
+    return class_of(self.base_model if is_prompt_tuning else self.base_model.model)
 
 
 def _save_pretrained(original: Any) -> Any:

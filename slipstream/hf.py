@@ -36,6 +36,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from slipstream.parallel.units import class_of
+
 ExpertsForward = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 causal_lm_loss = ForCausalLMLoss
@@ -345,4 +347,7 @@ def holds_adapters_or_quantised(model: PreTrainedModel) -> bool:
 def save_modelling_code(model: PreTrainedModel, config: Any, folder: Path) -> None:
     """Copy the modelling code of a model that came with its own, as `save_pretrained` does."""
     if model.is_remote_code():
-        custom_object_save(model, folder, config=config)
+        kind = class_of(model)
+        one = kind.__new__(kind)  # its class and file are all that is looked at; FSDP2 changes a model's
+        nn.Module.__init__(one)
+        custom_object_save(one, folder, config=config)

@@ -1,9 +1,12 @@
 """What slipstream/hf.py relies on in Transformers. A failure here means that upstream moved something."""
 
+import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import CONFIG_MAPPING, Trainer, masking_utils
 from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.distributed.fsdp import is_fsdp_managed_module
@@ -165,3 +168,20 @@ def test_a_layer_that_is_computed_again() -> None:
     run = hf.recomputed(layer, lambda x: calls.append(None) or (x * x).sin())
     run(torch.ones(2, requires_grad=True)).sum().backward()
     assert len(calls) == 2
+
+
+def test_the_code_of_a_model_that_came_with_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of one that FSDP2 shards, whose class is in another file."""
+    (tmp_path / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = importlib.import_module("modeling_own").OwnForCausalLM
+    kind.register_for_auto_class("AutoModelForCausalLM")
+    model = kind(tiny_config("llama"))
+    model.__class__ = type("FSDPOwnForCausalLM", (FSDPModule, kind), {"__module__": FSDPModule.__module__})
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    hf.save_modelling_code(model, model.config, folder)
+    assert model.config.auto_map == {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    assert [file.name for file in folder.iterdir()] == ["modeling_own.py"]

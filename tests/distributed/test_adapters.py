@@ -1,5 +1,6 @@
 """LoRA adapters on experts that are spread over ranks, against one process."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,12 @@ def test_ranks_that_draw_differently_train_one_adapter(folders: Any, tmp_path: P
         ).logits
     for found in logits:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # What AutoPeftModel loads, and not FSDP2's class.
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["auto_mapping"]
+    assert saved == {
+        "base_model_class": "Qwen3MoeForCausalLM",
+        "parent_library": "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    }
 
 
 def averaged(base: Path) -> list[int]:
