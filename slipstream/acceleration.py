@@ -17,6 +17,7 @@ from slipstream.loss import defer_logits, why_not_deferred
 from slipstream.moe import dispatch, experts, foreign
 from slipstream.parallel.activations import checkpoint_activations
 from slipstream.parallel.setup import DistributedSetup
+from slipstream.parallel.shard import average_whole
 from slipstream.recurrent import install as recurrent
 
 
@@ -80,6 +81,7 @@ def accelerate(
     checkpoint_activations(core, setup.activation_checkpointing)
     choices += _compile(core, backend)
     if hf.is_distributed(core):
+        average_whole(core)
         install_save(core)
     adapters.install(core)
     setattr(core, MARK, Acceleration(backend, setup, choices))

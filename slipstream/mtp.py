@@ -27,7 +27,7 @@ from slipstream.description import acceleration_of, unwrap
 from slipstream.loss import DeferredLogits, deferred_causal_lm_loss
 from slipstream.parallel.activations import checkpoint_activations
 from slipstream.parallel.setup import DistributedSetup, failing_together
-from slipstream.parallel.shard import shard_added
+from slipstream.parallel.shard import average_whole, shard_added
 
 NAME = passthrough.MODULE
 IGNORE = -100
@@ -159,6 +159,7 @@ def _load(core: Any, kept: dict[str, Any], form: _Form, loss_weight: float) -> N
     missing = hf_models.load_into(core, {target: kept[name] for name, target in form.places.items()})
     if lacking := sorted(name for name in missing if name.startswith(f"{NAME}.")):
         raise ValueError(f"train_mtp: the checkpoint lacks {', '.join(lacking[:3])}")
+    average_whole(core)
     checkpoint_activations(core, setup.activation_checkpointing)
     if applied is not None and any(choice.chosen == "layers" for choice in applied.choices):
         compile_layers(module, gpu_only=applied.backend.compile == "auto")

@@ -2,8 +2,9 @@
 
 Dense parameters are sharded over the data-parallel mesh, unit by unit as the architecture's own plan in Transformers
 says. A layer's experts, of which each rank of an expert-parallel group holds its share, are sharded over the ranks that
-hold the same ones (`efsdp`). Runs between the model's construction on the meta device and the loading of its weights,
-so that every rank then reads only what it keeps.
+hold the same ones (`efsdp`). What an architecture keeps in fp32 beside 16-bit weights (routers, norms, sinks) is small
+and lies whole on each rank, as FSDP2 wants one dtype in a unit. Runs between the model's construction on the meta
+device and the loading of its weights, so that every rank then reads only what it keeps.
 """
 
 import itertools
@@ -20,10 +21,12 @@ from slipstream import hf, hf_models
 from slipstream.compilation import decoder_layers
 from slipstream.moe.dispatch import GRADIENT_DIVISOR
 from slipstream.moe.foreign import adapt
+from slipstream.parallel.average import AverageGradients
 from slipstream.parallel.setup import DistributedSetup
 from slipstream.parallel.units import UNIT_PARAMETERS, frees_after_forward, joined
 
 Plan = dict[str, str]
+WHOLE = "_slipstream_whole"  # on a model: the names of parameters left whole, whose gradients nobody averages yet
 
 
 def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: DistributedSetup) -> Any:
@@ -35,12 +38,12 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
         fsdp_plan: module name -> "free_full_weight" or "keep_full_weight" (after forward).
         ep_plan: module or parameter name -> style; the experts are "ep_dispatch_experts".
     """
-    owned = _shard_experts(model, meshes, ep_plan, setup)
+    elsewhere = _shard_experts(model, meshes, ep_plan, setup) | _leave_whole(model, model)
     freed, kept = _units(model, fsdp_plan)
     mesh = _data_mesh(meshes, "fsdp", setup)
     policies = _policies(setup)
-    policies |= {"shard_placement_fn": _placement(model, setup.fsdp_size), "ignored_params": owned}
-    units, frees = _join_layers(freed, decoder_layers(model), owned, setup)
+    policies |= {"shard_placement_fn": _placement(model, setup.fsdp_size), "ignored_params": elsewhere}
+    units, frees = _join_layers(freed, decoder_layers(model), elsewhere, setup)
     embedding: Any = model.get_input_embeddings()
     for unit in units:
         alone = unit == [embedding]
@@ -69,13 +72,39 @@ def shard_added(model: Any, name: str, setup: DistributedSetup) -> None:
     added: Any = model.get_submodule(name)
     meshes = hf_models.meshes(model)
     plan = {f"{name}.{key}": style for key, style in plan_experts(added, setup.ep_size).items()}
-    owned = _shard_experts(model, meshes, hf_models.split_experts(model, plan), setup)
+    elsewhere = _shard_experts(model, meshes, hf_models.split_experts(model, plan), setup) | _leave_whole(model, added)
     policies = _policies(setup)
-    policies |= {"shard_placement_fn": _placement(model, setup.fsdp_size), "ignored_params": owned}
+    policies |= {"shard_placement_fn": _placement(model, setup.fsdp_size), "ignored_params": elsewhere}
     for layer in added.layers:
         # Backward begins with the last.
         frees = layer is not added.layers[-1] and setup.reshard_after_forward is not False
         fully_shard(layer, mesh=_data_mesh(meshes, "fsdp", setup), reshard_after_forward=frees, **policies)
+
+
+def _leave_whole(model: Any, module: nn.Module) -> set[nn.Parameter]:
+    """What of `module`, a part of `model`, stays in fp32 beside weights of 16 bits."""
+    in_float32 = hf.kept_in_float32(model, model.dtype)
+    if in_float32 is None:
+        return set()
+    inside = {id(parameter) for parameter in module.parameters()}
+    whole = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if in_float32.search(name) and id(parameter) in inside and not isinstance(parameter, DTensor)
+    }
+    model.__dict__.setdefault(WHOLE, []).extend(whole)
+    return set(whole.values())
+
+
+def average_whole(model: Any) -> None:
+    """Let the gradients of what was left whole since the last call become their mean over the ranks; once its
+    parameters are those that train."""
+    average = AverageGradients()
+    for name in model.__dict__.pop(WHOLE, ()):
+        parameter = model.get_parameter(name)
+        if parameter.requires_grad:
+            average.add(parameter)
+            hf.mark_averaged(parameter)
 
 
 def plan_experts(model: Any, ep_size: int) -> Plan:

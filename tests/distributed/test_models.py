@@ -13,6 +13,7 @@ from transformers.distributed.expert_parallel import EPImplementationInterface
 
 import slipstream
 from slipstream import hf
+from slipstream.optim import AdamW
 from tests.distributed import stand_in_deep_ep
 from tests.distributed.harness import run_ranks
 from tests.tiny_models import tiny_batch, tiny_model
@@ -154,3 +155,44 @@ def _load_with_tensor_parallelism(path: Path) -> str:
 def test_tensor_parallelism_is_refused(checkpoints: Any) -> None:
     said = run_ranks(_load_with_tensor_parallelism, 2, checkpoints("qwen3_moe", 2))
     assert all("tp_size=1" in message for message in said)
+
+
+def _in_bf16(path: Path, out: Path | None) -> tuple[float, float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A clipped step in bf16: the loss, the norm, and the gradients and new values of what stays in fp32."""
+    transformers.logging.set_verbosity_error()
+    spread = out is not None
+    model: Any = slipstream.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, distributed_setup={"ep_size": 2} if spread else None
+    ).train()
+    given = batches(2)[dist.get_rank() :][:1] if spread else batches(2)
+    losses = [model(input_ids=ids, labels=ids).loss for ids in given]
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    whole = {name: parameter for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    grads = {name: parameter.grad.clone() for name, parameter in whole.items() if parameter.grad is not None}
+    norm = slipstream.clip_grad_norm_(model.parameters(), 1.0)
+    AdamW(model.parameters(), lr=1e-3).step()
+    if out is not None:
+        model.save_pretrained(out)
+    return loss.item(), float(norm), grads, {name: parameter.detach().clone() for name, parameter in whole.items()}
+
+
+@pytest.mark.parametrize("architecture", ["ernie4_5_moe", "deepseek_v4"])
+def test_what_stays_in_fp32(architecture: str, tmp_path: Path) -> None:
+    """FSDP2 takes one dtype in a unit: these lie whole on each rank."""
+    tiny_model(architecture).save_pretrained(tmp_path / "model")
+    _, norm, grads, _ = _in_bf16(tmp_path / "model", None)
+    (_, first_norm, first, values), (_, second_norm, second, others) = run_ranks(
+        _in_bf16, 2, tmp_path / "model", tmp_path / "saved"
+    )
+    assert grads
+    assert first.keys() == second.keys() == grads.keys()
+    size = max(grad.abs().max().item() for grad in grads.values())
+    for name, grad in grads.items():
+        assert torch.equal(first[name], second[name]), name
+        assert (first[name] - grad).abs().max() <= 0.05 * size, name
+    assert first_norm == second_norm == pytest.approx(norm, rel=0.05)
+    saved = slipstream.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    for name, value in values.items():
+        assert torch.equal(value, others[name]), name
+        assert torch.equal(value, saved.get_parameter(name)), name
