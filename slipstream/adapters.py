@@ -35,7 +35,7 @@ from slipstream.parallel.units import class_of
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_AVERAGED = "_slipstream_averaged"
+_AVERAGED = "_slipstream_averaged"  # on a PeftModel: what averages its dense adapters' gradients
 _SPREAD = "_slipstream_spread"  # on a factor's layer: which ranks hold its rows
 # Settings that PEFT has for linear layers but not for parameters, and what leaves them out.
 _NOT_FOR_PARAMETERS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
@@ -313,16 +313,11 @@ def _keeping_equal(original: Any) -> Any:
             return
         average: AverageGradients = vars(self).setdefault(_AVERAGED, AverageGradients())
         for parameter in self.parameters():
-            trains = parameter.requires_grad
             # A later adapter trains only once it is made active.
-            added = trains if before is None else id(parameter) not in before
-            if added and not isinstance(parameter, DTensor) and not hasattr(parameter, _AVERAGED):
+            added = parameter.requires_grad if before is None else id(parameter) not in before
+            if added and not isinstance(parameter, DTensor) and not hf.is_averaged(parameter):
                 dist.broadcast(parameter.data, src=0)
-                parameter.requires_grad_(True)  # or it takes no hook
                 average.add(parameter)
-                parameter.requires_grad_(trains)
-                setattr(parameter, _AVERAGED, True)
-                hf.mark_averaged(parameter)
 
     return add
 

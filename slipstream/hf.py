@@ -267,9 +267,17 @@ def num_routed_experts(config: PretrainedConfig) -> int | None:
     return None
 
 
+_AVERAGED = "_replicated_grad_hook_registered"
+
+
 def mark_averaged(parameter: nn.Parameter) -> None:
     """Tell `Trainer` that something else takes the mean of the gradient over the ranks."""
-    parameter._replicated_grad_hook_registered = True  # type: ignore[attr-defined]
+    setattr(parameter, _AVERAGED, True)
+
+
+def is_averaged(parameter: nn.Parameter) -> bool:
+    """Whether `mark_averaged` was called."""
+    return hasattr(parameter, _AVERAGED)
 
 
 class Reversal:

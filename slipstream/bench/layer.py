@@ -68,7 +68,7 @@ def bench_layer(
                     "routing": routing,
                     "imbalance": imbalances[routing],
                     "contender": name,
-                    **_measured(name, forward, module, given, ceiling, iterations),
+                    **_measure(forward, module, given, ceiling, iterations),
                 }
 
 
@@ -128,20 +128,18 @@ def _contenders(owner: Any, module: Any, rivals: Sequence[str]) -> Iterator[tupl
         yield "liger fused moe", _liger(module)
 
 
-def _unlike(module: Any) -> str | None:
-    """Why an experts module is none of the kind that both packages take, or None."""
+def _obstacle(module: Any, package: str) -> str | None:
+    """Why a package with kernels for plain SwiGLU experts cannot run an experts module, or None."""
     plain = module.has_gate and module.is_concatenated and not module.is_transposed and not module.has_bias
-    if plain and "silu" in type(module.act_fn).__name__.lower():
-        return None
-    return "only SwiGLU as [gate; up] without biases"
+    if not plain or "silu" not in type(module.act_fn).__name__.lower():
+        return "only SwiGLU as [gate; up] without biases"
+    return None if find_spec(package) is not None else f"{package} is not installed"
 
 
 def _sonic(module: Any) -> Experts | str:
     """SonicMoE (Guo et al. 2025, arXiv 2512.14080), whose GEMMs are quack's."""
-    if (why := _unlike(module)) is not None:
+    if (why := _obstacle(module, "sonicmoe")) is not None:
         return why
-    if find_spec("sonicmoe") is None:
-        return "sonic-moe is not installed"
     try:
         from sonicmoe import moe_general_routing_inputs
         from sonicmoe.enums import ActivationType
@@ -163,10 +161,8 @@ def _sonic(module: Any) -> Experts | str:
 
 
 def _liger(module: Any) -> Experts | str:
-    if (why := _unlike(module)) is not None:
+    if (why := _obstacle(module, "liger_kernel")) is not None:
         return why
-    if find_spec("liger_kernel") is None:
-        return "liger_kernel is not installed"
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
     def forward(x_TH: torch.Tensor, idx_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -175,16 +171,6 @@ def _liger(module: Any) -> Experts | str:
         )
 
     return forward
-
-
-def _measured(name: str, forward: Experts | str, *of: Any) -> dict[str, Any]:
-    """`_measure`; of a package that does not run here a row that says so."""
-    try:
-        return _measure(forward, *of)
-    except Exception as error:
-        if name.startswith(("slipstream", "transformers")):
-            raise
-        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]}
 
 
 def _measure(
@@ -213,6 +199,10 @@ def _measure(
         }
     except torch.OutOfMemoryError as error:
         return {"error": f"out of memory: {str(error).splitlines()[0]}"}
+    except Exception as error:
+        if forward is module:  # ours or Transformers': a fault, where a package's kernels may just not run here
+            raise
+        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]}
     finally:
         for leaf in leaves:
             leaf.grad = None

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from slipstream import hf
 
 
 class AverageGradients:
@@ -16,9 +18,13 @@ class AverageGradients:
         self._added = 0
         self._reached: dict[int, dict[int, Tensor]] = {}  # a backward, which may be inside another -> by their number
 
-    def add(self, parameter: Tensor) -> None:
-        """From now on also those of `parameter`; all ranks add the same, in the same order."""
+    def add(self, parameter: nn.Parameter) -> None:
+        """From now on also those of `parameter`, once it trains; all ranks add the same, in the same order."""
+        trains = parameter.requires_grad
+        parameter.requires_grad_(True)  # or it takes no hook
         parameter.register_post_accumulate_grad_hook(functools.partial(self._reach, self._added))
+        parameter.requires_grad_(trains)
+        hf.mark_averaged(parameter)
         self._added += 1
 
     def _reach(self, number: int, parameter: Tensor) -> None:

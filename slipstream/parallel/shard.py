@@ -38,7 +38,7 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
         fsdp_plan: module name -> "free_full_weight" or "keep_full_weight" (after forward).
         ep_plan: module or parameter name -> style; the experts are "ep_dispatch_experts".
     """
-    elsewhere = _shard_experts(model, meshes, ep_plan, setup) | _leave_whole(model, model)
+    elsewhere = _shard_experts(model, meshes, ep_plan, setup) | _leave_whole(model)
     freed, kept = _units(model, fsdp_plan)
     mesh = _data_mesh(meshes, "fsdp", setup)
     policies = _policies(setup)
@@ -72,7 +72,7 @@ def shard_added(model: Any, name: str, setup: DistributedSetup) -> None:
     added: Any = model.get_submodule(name)
     meshes = hf_models.meshes(model)
     plan = {f"{name}.{key}": style for key, style in plan_experts(added, setup.ep_size).items()}
-    elsewhere = _shard_experts(model, meshes, hf_models.split_experts(model, plan), setup) | _leave_whole(model, added)
+    elsewhere = _shard_experts(model, meshes, hf_models.split_experts(model, plan), setup) | _leave_whole(model, name)
     policies = _policies(setup)
     policies |= {"shard_placement_fn": _placement(model, setup.fsdp_size), "ignored_params": elsewhere}
     for layer in added.layers:
@@ -81,16 +81,15 @@ def shard_added(model: Any, name: str, setup: DistributedSetup) -> None:
         fully_shard(layer, mesh=_data_mesh(meshes, "fsdp", setup), reshard_after_forward=frees, **policies)
 
 
-def _leave_whole(model: Any, module: nn.Module) -> set[nn.Parameter]:
-    """What of `module`, a part of `model`, stays in fp32 beside weights of 16 bits."""
+def _leave_whole(model: Any, part: str = "") -> set[nn.Parameter]:
+    """What of a module of `model`, or of all of it, stays in fp32 beside weights of 16 bits."""
     in_float32 = hf.kept_in_float32(model, model.dtype)
     if in_float32 is None:
         return set()
-    inside = {id(parameter) for parameter in module.parameters()}
     whole = {
         name: parameter
-        for name, parameter in model.named_parameters()
-        if in_float32.search(name) and id(parameter) in inside and not isinstance(parameter, DTensor)
+        for name, parameter in model.get_submodule(part).named_parameters(prefix=part)
+        if in_float32.search(name) and not isinstance(parameter, DTensor)
     }
     model.__dict__.setdefault(WHOLE, []).extend(whole)
     return set(whole.values())
@@ -101,10 +100,7 @@ def average_whole(model: Any) -> None:
     parameters are those that train."""
     average = AverageGradients()
     for name in model.__dict__.pop(WHOLE, ()):
-        parameter = model.get_parameter(name)
-        if parameter.requires_grad:
-            average.add(parameter)
-            hf.mark_averaged(parameter)
+        average.add(model.get_parameter(name))
 
 
 def plan_experts(model: Any, ep_size: int) -> Plan:

@@ -18,6 +18,7 @@ from torch import nn
 
 from slipstream import hf_models
 from slipstream.attention.causal import documents
+from slipstream.attention.interface import known_rows
 from slipstream.attention.rows import rows_of
 from slipstream.kernels import HAS_TRITON
 from slipstream.recurrent.convolution import causal_conv, documents_of
@@ -86,8 +87,9 @@ def _tell(
     found: dict[str, Any] = {OURS: True}
     tokens = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    if bounds and kwargs.get("attention_mask") is None:
-        rows = rows_of({**kwargs, "input_ids": tokens})
+    if bounds and tokens is not None and kwargs.get("attention_mask") is None:
+        # Our attention, where it runs, has read them from the device by now.
+        rows = known_rows(*tokens.shape[:2]) or rows_of({**kwargs, "input_ids": tokens})
         if rows is not None and rows.segments is not None:
             found[BOUNDS] = rows.segments.cu_seqlens
     if kwargs.get(DOCUMENTS) is None and kwargs.get("attention_mask") is None:
