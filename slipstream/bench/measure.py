@@ -11,12 +11,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 from slipstream.bench.contenders import Batch, Contender
 from slipstream.bench.options import Options
 
 PARTS = ("forward", "backward", "optimizer")
 GIB = 2**30
+
+
+def token_ids(config: PretrainedConfig) -> int:
+    """How many tokens `config`'s model has logits for; a head may be padded beyond (Inkling's is)."""
+    text = config.get_text_config()
+    return min(text.vocab_size, getattr(text, "unpadded_vocab_size", None) or text.vocab_size)
 
 
 def make_batch(options: Options, vocab_size: int, device: torch.device, rank: int) -> Batch:

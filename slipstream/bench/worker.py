@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from slipstream.bench.contenders import build, resolved_device
-from slipstream.bench.measure import Step, make_batch, measure, routing_imbalance
+from slipstream.bench.measure import Step, make_batch, measure, routing_imbalance, token_ids
 from slipstream.bench.options import OURS, Job
 
 # What marks our lines among whatever else a process prints.
@@ -34,8 +34,7 @@ def execute(job: Job) -> dict[str, Any]:
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = resolved_device(job.options)
     contender = build(job, device, ranks)
-    vocabulary = job.options.config().get_text_config().vocab_size
-    step = Step(contender, make_batch(job.options, vocabulary, device, rank))
+    step = Step(contender, make_batch(job.options, token_ids(job.options.config()), device, rank))
     result = measure(step, job.options)
     if job.profile:
         from slipstream.bench.profiling import profile

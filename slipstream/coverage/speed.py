@@ -115,7 +115,8 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
             results[contender] = execute(Job(options, contender, "learned"))
         if attempt.error:
             attempt.error = f"{contender}: {attempt.error}"
-        _forget()
+        if LOST not in attempt.error:
+            _forget()
     if attempt.error:
         return found | {"error": attempt.error}
     theirs, ours = results[RIVAL], results[OURS]

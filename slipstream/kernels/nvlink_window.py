@@ -69,18 +69,6 @@ def _sizes(ranks: int, most: int, hidden: int, top_k: int, itemsize: int) -> tup
     return -(-rows // 128) * 128, -(-routes // 128) * 128
 
 
-def columns_of(hidden: int) -> int:
-    """Columns of a tile, a power of 2: as many as leave at most an eighth of a row's tiles unused, else 512.
-
-    Example: 2048 -> 2048, 2880 -> 1024 (of 3 tiles 192 columns are unused; of one of 4096 1216 would be).
-    """
-    most = min(_ELEMENTS, 1 << (hidden - 1).bit_length())
-    fitting = (
-        size for size in (4096, 2048, 1024) if size <= most and 8 * (-hidden % size) <= size * -(-hidden // size)
-    )
-    return next(fitting, min(most, 512))
-
-
 @dataclass
 class Window:
     """What the kernels need to reach the areas of all ranks.
@@ -116,7 +104,7 @@ class Window:
 
     def constants(self, at: Layout) -> dict[str, Any]:
         """Compile-time arguments and options of both kernels."""
-        block = columns_of(at.hidden)
+        block = min(_ELEMENTS, 1 << (at.hidden - 1).bit_length())
         cuda = self.peers.is_cuda
         return {
             "RANKS": self.ranks,

@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 import slipstream
 from slipstream import hf
+from slipstream.bench.measure import token_ids
 from slipstream.cli import app
 from slipstream.coverage import architectures, checks, ranks, shapes, speed, table
 from slipstream.coverage.compare import Attempt, Cell
-from slipstream.coverage.tiny import tiny_model
+from slipstream.coverage.shapes import timed_config
+from slipstream.coverage.tiny import tiny_config, tiny_model
 
 # One of each kind of experts, routers, attention and layers; the command does all of them.
 REPRESENTATIVE = [
@@ -118,6 +120,32 @@ def test_what_checkpoints_keep_in_fp32_is_timed_so() -> None:
     found = speed.measure(speed.Timed("inkling2_text", device="cpu", tiny=True, seq_len=32, steps=1, warmup=1), 60)
     assert "error" not in found, found
     assert found["loss_error"] < 1e-2
+
+
+def test_a_padded_head_is_timed_with_tokens_that_it_has_logits_for() -> None:
+    padded = timed_config("inkling2_text", 4096)
+    assert token_ids(padded) == 200058 < padded.vocab_size
+    assert token_ids(timed_config("inkling_text", 4096)) == 201024
+    assert token_ids(tiny_config("inkling2_text")) == 256
+
+
+def test_a_lost_gpu_ends_the_run_and_keeps_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(speed, "execute", lost)
+    monkeypatch.setattr(speed, "_forget", lost)  # as empty_cache would then
+    timed = speed.Timed("llama", device="cpu", tiny=True)
+    rows, seen = [checks.Row("llama"), checks.Row("qwen3")], []
+    left = speed.measure_all(
+        rows,
+        lambda name: timed,
+        limit_seconds=None,
+        seconds_per_model=1,
+        done=lambda row, _: seen.append(row.model_type),
+    )
+    assert (seen, left) == (["llama"], ["qwen3"])
+    assert "CUDA error" in rows[0].speed["error"]
 
 
 class _NoValues(TorchDispatchMode):

@@ -8,7 +8,7 @@ import torch
 
 from slipstream.kernels.nvlink_combine import combine_rows, combine_rows_reference
 from slipstream.kernels.nvlink_dispatch import dispatch_rows, dispatch_rows_reference
-from slipstream.kernels.nvlink_window import HEADER, MAX_RANKS, Layout, Window, columns_of, half_size, layout
+from slipstream.kernels.nvlink_window import HEADER, MAX_RANKS, Layout, Window, half_size, layout
 from tests.kernels.conditions import DEVICE, compiled_or_interpreted
 
 pytestmark = compiled_or_interpreted
@@ -316,12 +316,3 @@ def test_a_rank_that_does_not_answer() -> None:
             send=False,
         )
         assert window.report.item() == window.failed.item() == 3
-
-
-@pytest.mark.parametrize(
-    ("hidden", "columns"),
-    [(1, 1), (48, 64), (300, 512), (768, 512), (2048, 2048), (2304, 512), (2688, 1024), (2880, 1024), (3584, 4096),
-     (5120, 1024), (6144, 2048), (7168, 4096), (8192, 4096)],
-)  # fmt: skip
-def test_tiles_fit_the_width(hidden: int, columns: int) -> None:
-    assert columns_of(hidden) == columns
