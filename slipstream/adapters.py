@@ -4,8 +4,8 @@ PEFT wraps the experts module once for each weight (`ParamWrapper`) and would pu
 place for every forward. Where the module's forward is Slipstream's, the experts' operator takes the factors instead.
 Parameters, names and files stay PEFT's own.
 
-Where the experts are spread over ranks, the factors are spread over the same ranks by their first dimension, whole for
-the time of a forward: PEFT orders a factor's columns by rank first, so that an expert's are no block of them.
+Where the experts are spread over ranks, so are the factors. An expert with one owner has its own beside it; else they
+are spread by their first dimension, and whole for the time of a forward.
 
 Everything of PEFT that is not public is touched here. Checked against PEFT 0.21.2.
 """
@@ -13,7 +13,7 @@ Everything of PEFT that is not public is touched here. Checked against PEFT 0.21
 import functools
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR
 from slipstream.moe.experts import ADAPTERS, projection_names
 from slipstream.moe.lora import LowRank, low_rank
 from slipstream.parallel.average import AverageGradients
+from slipstream.parallel.blocks import spread_blocks, whole_of
 from slipstream.parallel.gather import Spread, gather_parts, spread_over
 from slipstream.parallel.units import class_of
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _AVERAGED = "_slipstream_averaged"  # on a PeftModel: what averages its dense adapters' gradients
-_SPREAD = "_slipstream_spread"  # on a factor's layer: which ranks hold its rows
+_SPREAD = "_slipstream_spread"  # on a factor's layer, unless experts have theirs beside them: who holds its rows
 # Settings that PEFT has for linear layers but not for parameters, and what leaves them out.
 _NOT_FOR_PARAMETERS = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False, "fan_in_fan_out": False}
 
@@ -231,23 +232,25 @@ def _factors(used: Sequence[tuple[Any, str]], dtype: torch.dtype) -> list[tuple[
     if not used:
         return []
     experts = used[0][0].get_base_layer()
-    layers = [factors[adapter] for wrapper, adapter in used for factors in (wrapper.lora_A, wrapper.lora_B)]
-    matrices = [layer.weight for layer in layers]
-    divided = hasattr(experts, GRADIENT_DIVISOR)  # the exchange has divided what comes from the ranks' sum
-    here = [False] * len(matrices)
-    if isinstance(matrices[0], DTensor):
-        # Where an expert has one owner, its rows of A lie with it.
-        here[::2] = [divided and not shared_adapters.is_shared(*one) for one in used]
-        apart = [matrix for matrix, own in zip(matrices, here, strict=True) if not own]
-        share = 1.0 if divided else 1 / matrices[0].device_mesh.size()
-        whole = iter((_whole if divided else _whole_outside)(apart, getattr(layers[0], _SPREAD), share, dtype))
-        matrices = [matrix.to_local() if own else next(whole) for matrix, own in zip(matrices, here, strict=True)]
+    pairs = [(wrapper.lora_A[adapter], wrapper.lora_B[adapter]) for wrapper, adapter in used]
+    parts = [layer for pair in pairs for layer in pair if hasattr(layer, _SPREAD)]
+    whole: Iterator[Tensor] = iter(())
+    if parts:
+        divided = hasattr(experts, GRADIENT_DIVISOR)  # the exchange has divided what comes from the ranks' sum
+        share = 1.0 if divided else 1 / parts[0].weight.device_mesh.size()
+        gather = _whole if divided else _whole_outside
+        whole = iter(gather([layer.weight for layer in parts], getattr(parts[0], _SPREAD), share, dtype))
     first, found = getattr(experts, FIRST_EXPERT, None), []
-    for (wrapper, adapter), a, b, own in zip(used, matrices[::2], matrices[1::2], here[::2], strict=True):
-        a_ErA, b_BrE = shared_adapters.by_expert(a, b, wrapper.r[adapter], wrapper.num_experts)
+    for (wrapper, adapter), pair in zip(used, pairs, strict=True):
+        rank, all_experts = wrapper.r[adapter], wrapper.num_experts
+        if isinstance(pair[0].weight, DTensor) and not hasattr(pair[0], _SPREAD):
+            a, b = (layer.weight.to_local() for layer in pair)
+            found.append(shared_adapters.by_expert(a, b, rank, experts.num_experts))
+            continue
+        a, b = (next(whole) if hasattr(layer, _SPREAD) else layer.weight for layer in pair)
+        a_ErA, b_BrE = shared_adapters.by_expert(a, b, rank, all_experts)
         if first is not None:
-            b_BrE = b_BrE.narrow(2, first, experts.num_experts)
-            a_ErA = a_ErA if own else a_ErA.narrow(0, first, experts.num_experts)
+            a_ErA, b_BrE = (one.narrow(dim, first, experts.num_experts) for one, dim in ((a_ErA, 0), (b_BrE, 2)))
         found.append((a_ErA, b_BrE))
     return found
 
@@ -277,10 +280,17 @@ def _update_layer(original: Any) -> Any:
                 'can for their weights, with BackendConfig(experts="slipstream") and tp_size=1; leave it out of '
                 "target_parameters"
             )
+        one_owner = hasattr(self.get_base_layer(), GRADIENT_DIVISOR)
+        rank, apart = self.r[adapter_name], not one_owner or shared_adapters.is_shared(self, adapter_name)
         for factors in (self.lora_A, self.lora_B):
             linear = factors[adapter_name]
-            linear.weight = nn.Parameter(_spread(linear.weight.data, mesh), linear.weight.requires_grad)
-            setattr(linear, _SPREAD, spread_over(mesh, _replicated(mesh)))
+            if apart or factors is self.lora_A:
+                spread = _spread(linear.weight.data, mesh)
+            else:
+                spread = spread_blocks(linear.weight.data, rank, mesh)
+            linear.weight = nn.Parameter(spread, linear.weight.requires_grad)
+            if apart:
+                setattr(linear, _SPREAD, spread_over(mesh, _replicated(mesh)))
 
     return update_layer
 
@@ -352,7 +362,7 @@ def _whole_state(
     """What PEFT saves of `model`, whole, on all ranks together; the base weights stay where they are."""
     from peft import get_peft_model_state_dict
 
-    tensors = model.state_dict()
+    tensors, blocks = model.state_dict(), shared_adapters.blocks(model)
     # PEFT chooses by name, and would gather all that it chooses from: show it numbers instead.
     names = list(tensors)
     stand_ins = {name: torch.tensor(number) for number, name in enumerate(names)}
@@ -360,6 +370,8 @@ def _whole_state(
     for adapter in selected_adapters or model.peft_config:
         chosen = get_peft_model_state_dict(model, stand_ins, adapter, save_embedding_layers=save_embedding_layers)
         for name in (names[int(number)] for number in chosen.values()):
-            tensor = tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
+            tensor = tensors[name]
+            if isinstance(tensor, DTensor):
+                tensor = whole_of(tensor, blocks[name]) if name in blocks else tensor.full_tensor()
             whole[name] = tensor.to("cpu")
     return whole

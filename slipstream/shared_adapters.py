@@ -68,6 +68,16 @@ def expanded(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def blocks(model: nn.Module) -> dict[str, int]:
+    """The names of factors `[out, r * E]` that have a pair for each of E experts, and their ranks r."""
+    return {
+        f"{name}.lora_B.{adapter}.weight": wrapper.r[adapter]
+        for name, wrapper in _wrappers(model)
+        for adapter in wrapper.lora_B
+        if wrapper.num_experts > 1 and not is_shared(wrapper, adapter)
+    }
+
+
 def has_shared(model: nn.Module) -> bool:
     """Whether any adapter of `model` has one pair for all experts."""
     return any(is_shared(wrapper, adapter) for _, wrapper in _wrappers(model) for adapter in wrapper.lora_A)

@@ -33,6 +33,7 @@ from slipstream.checkpoint.training_state import (
     Leaf,
     State,
     compare,
+    in_any_layout,
     model_state,
     optimizer_template,
     put_back,
@@ -240,8 +241,9 @@ def load(
     try:
         if optimizer is not None:
             entries, groups = optimizer_template(model, optimizer, saved)
-            compare(path, entries, saved, "optimizer.state.")
-            state["optimizer"] = {"state": entries, "param_groups": None}
+            stored = in_any_layout(model, entries)
+            compare(path, stored, saved, "optimizer.state.")
+            state["optimizer"] = {"state": stored, "param_groups": None}
             if scheduler is not None:
                 state["scheduler"] = None
         dcp.load(state, storage_reader=reader)
@@ -255,14 +257,15 @@ def load(
             "continue from another checkpoint, or start anew"
         ) from failed
     if optimizer is not None:
+        state["optimizer"]["state"] = entries
         put_back(state, groups, optimizer, scheduler)
-    stored = {int(r): leaf.value for r, leaf in state["rank"].items()}
+    of_ranks = {int(r): leaf.value for r, leaf in state["rank"].items()}
     return Resumed(
         step=record["step"],
         info=record["info"],
-        rank_infos=[info for _, info in stored.values()],
+        rank_infos=[info for _, info in of_ranks.values()],
         same_ranks=same,
-        _rng=stored[rank][0] if rank in stored else None,
+        _rng=of_ranks[rank][0] if rank in of_ranks else None,
     )
 
 

@@ -19,6 +19,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map_only
 
+from slipstream import shared_adapters
+from slipstream.parallel.blocks import by_block
+
 State = dict[str, Any]
 
 
@@ -32,13 +35,13 @@ class Leaf:
 def training_state(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> State:
     """A copy in host memory of everything that trains, which training may go on beside."""
     fresh = not optimizer.state
-    optimizer_state = get_optimizer_state_dict(model, optimizer)
+    optimizer_state: State = get_optimizer_state_dict(model, optimizer)
     if fresh:  # which get_optimizer_state_dict has filled, as if a step had been made
         optimizer.state.clear()
     state: State = {
         "model": model_state(model),
         "optimizer": {
-            "state": {} if fresh else optimizer_state["state"],
+            "state": {} if fresh else in_any_layout(model, optimizer_state["state"]),
             "param_groups": Leaf(copy.deepcopy(optimizer_state["param_groups"])),
         },
     }
@@ -62,7 +65,23 @@ def model_state(model: nn.Module) -> State:
         if not parameter.requires_grad or id(parameter) in seen:
             left_out.add(name)
         seen.add(id(parameter))
-    return {name: tensor for name, tensor in get_model_state_dict(model).items() if name not in left_out}
+    state = {name: tensor for name, tensor in get_model_state_dict(model).items() if name not in left_out}
+    return in_any_layout(model, state)
+
+
+def in_any_layout(model: nn.Module, state: Mapping[str, Any]) -> State:
+    """`state`, by parameters' names, with `[A, r, E]` for experts' factors `[A, r * E]`: DCP knows a rank's part of a
+    tensor as one block of it. The memory is the same."""
+    state = dict(state)
+    for name, blocks in shared_adapters.blocks(model).items():
+        shape = model.get_parameter(name).shape
+
+        def split(tensor: torch.Tensor, shape: torch.Size = shape, blocks: int = blocks) -> torch.Tensor:
+            return by_block(tensor, blocks) if tensor.shape == shape else tensor
+
+        if name in state:
+            state[name] = tree_map_only(torch.Tensor, split, state[name])
+    return state
 
 
 def optimizer_template(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> tuple[State, list[State]]:

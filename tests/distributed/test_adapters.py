@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import slipstream
-from slipstream import clip_grad_norm_, hf
+from slipstream import adapters, clip_grad_norm_, hf
 from slipstream.adapters import all_experts, install
 from slipstream.shared_adapters import share_experts
 from tests.distributed.harness import run_ranks
@@ -98,6 +98,33 @@ def test_three_clipped_steps_and_the_saved_adapter(folders: Any, name: str, tmp_
     for key, parameter in plain.named_parameters():
         if key in expected[3]:
             torch.testing.assert_close(parameter, expected[3][key], rtol=1e-4, atol=1e-5)
+
+
+def owned(base: Path, adapter: Path, whole: dict[str, torch.Tensor]) -> None:
+    """Each rank has its experts' factors, and a step gathers none."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("factors were gathered")
+
+    adapters.gather_parts = refuse  # type: ignore[assignment]
+    model, rank = load(base, adapter, {"ep_size": 2}), dist.get_rank()
+    for name, module in model.named_modules():
+        if not hasattr(module, "parameter_name"):
+            continue
+        experts, r = module.num_experts, module.r["default"]
+        mine = slice(rank * experts // 2, (rank + 1) * experts // 2)
+        a, b = (whole[f"{name}.lora_{kind}.default.weight"] for kind in "AB")
+        found_a, found_b = (factors["default"].weight.to_local() for factors in (module.lora_A, module.lora_B))
+        torch.testing.assert_close(found_a, a.unflatten(0, (experts, r))[mine].flatten(0, 1), rtol=0, atol=0)
+        torch.testing.assert_close(found_b, b.unflatten(1, (r, experts))[..., mine].flatten(1), rtol=0, atol=0)
+    ids = tiny_batch(2, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_factors_lie_with_their_experts(folders: Any) -> None:
+    base, adapter = folders("qwen3_moe")
+    whole = {name: p.detach() for name, p in PeftModel.from_pretrained(tiny_model_at(base), adapter).named_parameters()}
+    run_ranks(owned, 2, base, adapter, {name: p for name, p in whole.items() if ".experts." in name})
 
 
 def tiny_model_at(base: Path) -> Any:
