@@ -121,7 +121,10 @@ def run_experts(
         mine.window, at, x_TH, idx_TK, rows_NH, experts, weights_TK=weights_TK, idx_NK=idx_NK, weights_NK=weights_NK
     )
 
-    routing = sort_by_expert(idx_NK, experts, _num_rows(sum(counts) * top_k, idx_NK, up_EHW))
+    # The sort is queued before the host may have to wait, as its outputs are small at any size.
+    room = sort_by_expert(idx_NK, experts, max(1, sum(counts) * top_k))
+    rows = _num_rows(room, up_EHW)
+    routing = room._replace(slot_R=room.slot_R[:rows], expert_R=room.expert_R[:rows])
     weights = (up_EHW, down_EIH, up_bias_EW, up_a_EHr, up_b_ErW, down_a_EIr, down_b_ErH)
     y_RH, hidden_RW = mlp_of_rows(rows_NH, routing, *weights, activation, fp8)
     out_TH = torch.empty_like(x_TH)
@@ -130,15 +133,17 @@ def run_experts(
         mine.window, at, idx_TK, experts, rows_RH=y_RH, row_NS=routing.row_TK, out_TH=out_TH, weights_NS=weights_NK,
         bias_LH=None if down_bias_EH is None else down_bias_EH.contiguous(), expert_NS=idx_NK,
     )  # fmt: skip
+    if rows < room.slot_R.shape[0]:  # keep no more than what is used, copied behind all that the GPU has to do first
+        routing = routing._replace(slot_R=routing.slot_R.clone(), expert_R=routing.expert_R.clone())
     return out_TH, rows_NH, weights_NK, idx_NK, hidden_RW, *routing
 
 
-def _num_rows(most: int, idx_NK: Tensor, up_EHW: Tensor) -> int:
-    """Rows to make room for, never 0, which grouped GEMMs need not take."""
-    experts, _, width = up_EHW.shape
-    if most * width * up_EHW.element_size() > WORST_CASE_BYTES:
-        most = int((idx_NK < experts).sum())
-    return max(1, most)
+def _num_rows(room: Routing, up_EHW: Tensor) -> int:
+    """Of the rows that there is `room` for, those to compute; never 0, which grouped GEMMs need not take."""
+    most = room.slot_R.shape[0]
+    if most * up_EHW.shape[2] * up_EHW.element_size() > WORST_CASE_BYTES:
+        most = max(1, int(room.ends_E[-1]))
+    return most
 
 
 @torch.library.register_fake("slipstream::experts_nvlink")
