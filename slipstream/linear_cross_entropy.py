@@ -22,6 +22,7 @@ from slipstream.numerics import compute_dtype
 CHUNK_TOKENS = 2048
 # Row starts and widths that are multiples of this let GEMMs and the softmax move 16 bytes or more at a time.
 _ALIGNMENT = 16
+_GEMM_ALIGNMENT = 8  # of a vocabulary, 16 bytes in 16 bits; see `_spans`
 
 
 def linear_cross_entropy(
@@ -109,6 +110,18 @@ def _chunk_size(tokens: int) -> int:
     return max(1, -(-tokens // (chunks * _ALIGNMENT))) * _ALIGNMENT
 
 
+def _spans(vocabulary: int, device: torch.device) -> list[slice]:
+    """The columns of logits that a GEMM takes at once. On a GPU the few that make a vocabulary odd (128,167; any that
+    tokens were added to) are apart: cuBLAS may have slow kernels for such widths, whatever the rows' stride.
+
+    They come first, so that the sum of both is rounded where it is whole.
+    """
+    aligned = vocabulary // _GEMM_ALIGNMENT * _GEMM_ALIGNMENT
+    if device.type == "cpu" or aligned in (0, vocabulary):
+        return [slice(0, vocabulary)]
+    return [slice(aligned, vocabulary), slice(0, aligned)]
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass over the chunks; backward only scales."""
 
@@ -133,8 +146,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         late = scale if dtype == torch.float16 else None
         losses = []
         grad_hidden = torch.empty_like(hidden_TH) if need_hidden else None
-        grad_weight = grad_bias = None
         sum_dtype = dtype if tokens <= chunk else torch.float32
+        grad_weight = torch.empty_like(weight_VH, dtype=sum_dtype) if need_weight else None
+        grad_bias = None
+        spans = _spans(vocabulary, hidden_TH.device)
         with torch.autocast(hidden_TH.device.type, enabled=False):
             padded_CV = hidden_TH.new_empty(min(chunk, tokens), -(-vocabulary // _ALIGNMENT) * _ALIGNMENT)
             for start in range(0, max(tokens, 1), chunk):
@@ -142,16 +157,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 hidden_CH, labels_C = hidden_TH[rows], labels_T[rows]
                 padded = padded_CV[: len(labels_C)]
                 grad_CV = padded[:, :vocabulary]  # the logits, until the softmax puts the gradient there
-                if bias_V is None:
-                    torch.mm(hidden_CH, weight_VH.t(), out=grad_CV)
-                else:
-                    torch.addmm(bias_V, hidden_CH, weight_VH.t(), out=grad_CV)
+                for span in spans:
+                    if bias_V is None:
+                        torch.mm(hidden_CH, weight_VH[span].t(), out=grad_CV[:, span])
+                    else:
+                        torch.addmm(bias_V[span], hidden_CH, weight_VH[span].t(), out=grad_CV[:, span])
                 applied = scale if late is None else None
                 losses.append(cross_entropy_(padded, labels_C, transform, ignore_index, applied, z_loss, need_any))
-                if grad_hidden is not None:
-                    torch.mm(grad_CV, weight_VH, out=grad_hidden[rows])
-                if need_weight:
-                    grad_weight = _add_mm(grad_weight, grad_CV.t(), hidden_CH, sum_dtype)
+                for number, span in enumerate(spans):
+                    if grad_hidden is not None:
+                        _add_mm(grad_hidden[rows], grad_CV[:, span], weight_VH[span], number == 0)
+                    if grad_weight is not None:
+                        _add_mm(grad_weight[span], grad_CV[:, span].t(), hidden_CH, start == 0)
                 if need_bias:
                     part = grad_CV.sum(0, dtype=torch.float32)
                     grad_bias = part if grad_bias is None else grad_bias + part
@@ -177,11 +194,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None, None, None)
 
 
-def _add_mm(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`a @ b` in `dtype`, added to `total` in place if there is one; accumulated in fp32 on any device."""
-    if a.is_cuda and a.dtype != dtype:
-        if total is None:
-            return torch.mm(a, b, out_dtype=dtype)
-        return torch.addmm(total, a, b, out_dtype=dtype, out=total)
-    a, b = a.to(dtype), b.to(dtype)
-    return torch.mm(a, b) if total is None else total.addmm_(a, b)
+def _add_mm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """`a @ b` added to `total`, or put there if it is the `first`; accumulated in fp32 on any device."""
+    if a.is_cuda and a.dtype != total.dtype:
+        if first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        return
+    a, b = a.to(total.dtype), b.to(total.dtype)
+    if first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)

@@ -54,6 +54,19 @@ def test_linear_cross_entropy(tokens, transform, bias, z_loss, scaled) -> None:
     compare_with_reference(tokens, transform, bias, z_loss, scaled)
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("tokens", [0, 1, 50])
+def test_an_odd_vocabulary_as_on_a_gpu(tokens, bias, monkeypatch) -> None:
+    spans = module._spans(50, torch.device("cuda"))
+    assert spans == [slice(48, 50), slice(0, 48)]
+    assert module._spans(50, torch.device("cpu")) == [slice(0, 50)]
+    assert module._spans(5, torch.device("cuda")) == [slice(0, 5)]
+    assert module._spans(400, torch.device("cuda")) == [slice(0, 400)]
+    monkeypatch.setattr(module, "_spans", lambda *_: spans)
+    compare_with_reference(tokens, TRANSFORMS["sliced vocabulary"], bias, 0.1, True)
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [(0, 16), (2048, 2048), (2049, 1040), (4096, 2048), (4100, 1376)],  # about equal: not 2048 and 1
