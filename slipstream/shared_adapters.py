@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from slipstream.parallel.blocks import by_block
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -165,7 +167,11 @@ class _WithWholeFactors:
 
     def __init__(self, wrapper: Any, adapter: str) -> None:
         self._wrapper = wrapper
-        a, b = _whole(wrapper, adapter, wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight)
+        a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+        if is_shared(wrapper, adapter):
+            a, b = _whole(wrapper, adapter, a, b)
+        else:  # not every PyTorch can take apart columns that lie with their experts
+            b = by_block(b, wrapper.r[adapter])
         self.lora_A, self.lora_B = {adapter: SimpleNamespace(weight=a)}, {adapter: SimpleNamespace(weight=b)}
 
     def __getattr__(self, name: str) -> Any:
@@ -175,7 +181,8 @@ class _WithWholeFactors:
 def _of_whole(original: Any) -> Any:
     @functools.wraps(original)
     def get(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        of: Any = _WithWholeFactors(self, adapter_name) if is_shared(self, adapter_name) else self
+        spread = isinstance(self.lora_B[adapter_name].weight, DTensor)
+        of: Any = _WithWholeFactors(self, adapter_name) if spread or is_shared(self, adapter_name) else self
         return original(of, adapter_name, *args, **kwargs)
 
     return get

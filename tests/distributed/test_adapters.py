@@ -127,6 +127,28 @@ def test_factors_lie_with_their_experts(folders: Any) -> None:
     run_ranks(owned, 2, base, adapter, {name: p for name, p in whole.items() if ".experts." in name})
 
 
+def merged(base: Path, adapter: Path) -> list[torch.Tensor]:
+    model = load(base, adapter, {"ep_size": 2}).eval()
+    with torch.no_grad():
+        before = model(input_ids=tiny_batch(2, 16)).logits + 0
+        model.merge_adapter()
+        return [before, model(input_ids=tiny_batch(2, 16)).logits + 0]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_merging_keeps_the_logits(folders: Any, tmp_path: Path, shared: bool) -> None:
+    base, adapter = folders("qwen3_moe")
+    if shared:
+        torch.manual_seed(3)
+        adapter = tmp_path / "adapter"
+        adapt(tiny_model_at(base), shared=True).save_pretrained(adapter)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(tiny_model_at(base), adapter)(input_ids=tiny_batch(2, 16)).logits
+    for logits in run_ranks(merged, 2, base, adapter):
+        for found in logits:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def tiny_model_at(base: Path) -> Any:
     import transformers
 
