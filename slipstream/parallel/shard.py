@@ -54,6 +54,9 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
     tails = [kept] if len(kept) == 2 else [[module] for module in kept]
     for tail in tails:
         fully_shard(tail, mesh=mesh, reshard_after_forward=False, **policies)
+        last: Any = tail[0]
+        # Else the buffer that the head was gathered in stays beside it through the loss.
+        last._set_unshard_async_op(True)
     first: Any
     for (first, *_), (following, *_) in itertools.pairwise([*units, *tails]):
         first.set_modules_to_forward_prefetch([following])

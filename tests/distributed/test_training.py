@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM as Transformers
 from transformers.distributed import DistributedConfig
 
-import slipstream
+import slipstream.loss
 from slipstream import AutoModelForCausalLM, clip_grad_norm_, hf
 from slipstream.compilation import compile_layers
 from slipstream.coverage.compare import worst_gradient
@@ -201,6 +201,28 @@ def test_selective_checkpointing_repeats_no_exchange(checkpoints: Path) -> None:
     folder, _ = reference(checkpoints, "qwen3_moe")
     counts = {mode: run_ranks(exchanges, 2, folder, mode)[0] for mode in ("none", "selective", "full")}
     assert counts["selective"] == counts["none"] < counts["full"]
+
+
+def buffers(folder: str) -> list[bool]:
+    """Whether FSDP2 holds what it gathered weights in, at each loss."""
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_setup={}).train()
+    found = []
+    fused = slipstream.loss.linear_cross_entropy
+
+    def looking(*args: Any, **kwargs: Any) -> torch.Tensor:
+        found.append(model._get_fsdp_state()._comm_ctx.all_gather_state is not None)
+        return fused(*args, **kwargs)
+
+    slipstream.loss.linear_cross_entropy = looking  # type: ignore[assignment]
+    for step in range(2):
+        ids, labels = (part.chunk(2)[dist.get_rank()] for part in batch_of(step, 2))
+        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+    return found
+
+
+def test_the_loss_has_the_memory_that_the_head_was_gathered_in(checkpoints: Path) -> None:
+    folder, _ = reference(checkpoints, "qwen3_moe")
+    assert run_ranks(buffers, 2, folder) == [[False, False]] * 2
 
 
 def accumulated(folder: str, setup: dict[str, Any]) -> dict[str, torch.Tensor]:
