@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from slipstream.cli.listed import listed
+
 bench = typer.Typer(
     help="Time a training step of real shapes, ours and others' in turn; or one part of it alone.",
     invoke_without_command=True,
@@ -100,8 +102,8 @@ def step(
     )
     options.config()  # a mistake in it is told before a process starts
     plan = Plan(
-        rivals=_listed(rivals),
-        gates=_listed(gate),
+        rivals=listed(rivals),
+        gates=listed(gate),
         repeats=repeats,
         profile=profile,
         rival_env={key: str(value) for key, value in _pairs("--rival-env", rival_env).items()},
@@ -162,9 +164,9 @@ def layer(
         raise ValueError(f"--dtype {dtype}: use {', '.join(dtypes)}")
     rows = []
     for row in bench_layer(
-        model, [_whole("--tokens", size) for size in _listed(tokens)], parse_device(_device(device)),
+        model, [_whole("--tokens", size) for size in listed(tokens)], parse_device(_device(device)),
         dtype=dtypes[dtype], simulate_ep=simulate_ep, ceiling=ceiling, tiny=tiny, iterations=iterations,
-        rivals=_listed(rivals),
+        rivals=listed(rivals),
     ):  # fmt: skip
         found = row.get("error") or f"{row['ms']['forward_backward']['median']:.3f} ms forward + backward"
         typer.echo(f"{row['tokens']} tokens, {row['routing']}, {row['contender']}: {found}", err=True)
@@ -330,10 +332,6 @@ def _device(name: str | None) -> str:
     import torch
 
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _whole(option: str, text: str) -> int:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slipstream.cli.listed import listed
+
 if TYPE_CHECKING:
     from slipstream.coverage.checks import Row
 
@@ -37,7 +39,7 @@ def coverage(
     from slipstream.coverage.architectures import architectures
 
     known = architectures()
-    chosen = [name.strip() for name in models.split(",") if name.strip()] or known
+    chosen = listed(models) or known
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"--models {unknown[0]}: Transformers {transformers.__version__} has no such causal-LM type")
     before = table.read(output.with_name(output.name + ".json")) if output else {}
