@@ -39,8 +39,10 @@ class Timed(Options):
     warmup: int = 3
 
     def config(self) -> PretrainedConfig:
-        """The model's config."""
-        return tiny_config(self.model) if self.tiny else timed_config(self.model, self.seq_len)
+        """The model's config; without a cache of keys and values, which Transformers would make in training too."""
+        config = tiny_config(self.model) if self.tiny else timed_config(self.model, self.seq_len)
+        config.get_text_config().use_cache = False
+        return config
 
 
 def measure_all(

@@ -148,6 +148,12 @@ def test_a_lost_gpu_ends_the_run_and_keeps_the_rows(monkeypatch: pytest.MonkeyPa
     assert "CUDA error" in rows[0].speed["error"]
 
 
+def test_neither_side_makes_a_cache() -> None:
+    """Bamba's in Transformers fails where all layers are recurrent."""
+    found = speed.measure(speed.Timed("bamba", device="cpu", tiny=True, seq_len=32, steps=1, warmup=1), 60)
+    assert "error" not in found, found
+
+
 class _NoValues(TorchDispatchMode):
     """Lets a model on the meta device ask for a tensor's value, which decides about masks only."""
 
