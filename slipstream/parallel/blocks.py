@@ -21,9 +21,8 @@ def spread_blocks(matrix: Tensor, blocks: int, mesh: DeviceMesh) -> DTensor:
 
 
 def by_block(matrix: Tensor, blocks: int) -> Tensor:
-    """`matrix [A, blocks * N]` as `[A, blocks, N]`, in the same memory, however it is spread; not differentiable."""
+    """`matrix [A, blocks * N]` as `[A, blocks, N]`, in the same memory, however it is spread. Differentiable."""
     rows, columns = matrix.shape
-    matrix = matrix.detach()
     if not isinstance(matrix, DTensor) or not any(isinstance(one, _StridedShard) for one in matrix.placements):
         return matrix.view(rows, blocks, columns // blocks)
     local = matrix.to_local()

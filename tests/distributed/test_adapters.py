@@ -117,6 +117,9 @@ def owned(base: Path, adapter: Path, whole: dict[str, torch.Tensor]) -> None:
         found_a, found_b = (factors["default"].weight.to_local() for factors in (module.lora_A, module.lora_B))
         torch.testing.assert_close(found_a, a.unflatten(0, (experts, r))[mine].flatten(0, 1), rtol=0, atol=0)
         torch.testing.assert_close(found_b, b.unflatten(1, (r, experts))[..., mine].flatten(1), rtol=0, atol=0)
+        module.get_delta_weight("default").to_local().sum().backward()  # what PEFT's own forward would put in place
+        for factors in (module.lora_A, module.lora_B):
+            assert factors["default"].weight.grad.to_local().abs().max() > 0
     ids = tiny_batch(2, 16)
     model(input_ids=ids, labels=ids).loss.backward()
 
