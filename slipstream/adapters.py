@@ -241,15 +241,16 @@ def _factors(used: Sequence[tuple[Any, str]], dtype: torch.dtype) -> list[tuple[
         gather = _whole if divided else _whole_outside
         whole = iter(gather([layer.weight for layer in parts], getattr(parts[0], _SPREAD), share, dtype))
     first, found = getattr(experts, FIRST_EXPERT, None), []
+    a: Any
+    b: Any
     for (wrapper, adapter), pair in zip(used, pairs, strict=True):
-        rank, all_experts = wrapper.r[adapter], wrapper.num_experts
-        if isinstance(pair[0].weight, DTensor) and not hasattr(pair[0], _SPREAD):
-            a, b = (layer.weight.to_local() for layer in pair)
-            found.append(shared_adapters.by_expert(a, b, rank, experts.num_experts))
-            continue
         a, b = (next(whole) if hasattr(layer, _SPREAD) else layer.weight for layer in pair)
-        a_ErA, b_BrE = shared_adapters.by_expert(a, b, rank, all_experts)
-        if first is not None:
+        beside = isinstance(a, DTensor)  # the experts that they are of
+        if beside:
+            a, b = a.to_local(), b.to_local()
+        number = (experts if beside else wrapper).num_experts
+        a_ErA, b_BrE = shared_adapters.by_expert(a, b, wrapper.r[adapter], number)
+        if first is not None and not beside:
             a_ErA, b_BrE = (one.narrow(dim, first, experts.num_experts) for one, dim in ((a_ErA, 0), (b_BrE, 2)))
         found.append((a_ErA, b_BrE))
     return found

@@ -85,7 +85,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, torch.OutOfMemoryError | TimeoutError):  # no fault of the graph's
             raise
-        reason = _first_line(error.inner_exception)
+        reason = first_line(error.inner_exception)
     # Outside of the handler, which would keep the failed call's tensors.
     self.__dict__[_UNCOMPILED][name] = reason
     if int(os.environ.get("RANK", 0)) == 0:
@@ -109,7 +109,8 @@ def uncompiled(model: nn.Module) -> dict[str, str]:
     return {name: why for layer in decoder_layers(model) for name, why in layer.__dict__.get(_UNCOMPILED, {}).items()}
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The kind of an error and what its message begins with."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
 

@@ -196,14 +196,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _add_mm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     """`a @ b` added to `total`, or put there if it is the `first`; accumulated in fp32 on any device."""
+    beta = 0 if first else 1  # 0 reads nothing of what was there
     if a.is_cuda and a.dtype != total.dtype:
-        if first:
-            torch.mm(a, b, out_dtype=total.dtype, out=total)
-        else:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-        return
-    a, b = a.to(total.dtype), b.to(total.dtype)
-    if first:
-        torch.mm(a, b, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        total.addmm_(a, b)
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)

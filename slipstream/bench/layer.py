@@ -12,6 +12,7 @@ import torch
 from slipstream import fp8, hf
 from slipstream.bench.presets import build_config
 from slipstream.bench.timing import peak_above_gib, time_ms
+from slipstream.compilation import first_line
 from slipstream.moe.routing import balanced_index
 from slipstream.planning.flops import meta_model, top_k
 
@@ -202,7 +203,7 @@ def _measure(
     except Exception as error:
         if forward is module:  # ours or Transformers': a fault, where a package's kernels may just not run here
             raise
-        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]}
+        return {"error": first_line(error)}
     finally:
         for leaf in leaves:
             leaf.grad = None

@@ -257,7 +257,7 @@ def load(
             "continue from another checkpoint, or start anew"
         ) from failed
     if optimizer is not None:
-        state["optimizer"]["state"] = entries
+        state["optimizer"]["state"] = entries  # the memory that was read into, in the optimizer's own shapes
         put_back(state, groups, optimizer, scheduler)
     of_ranks = {int(r): leaf.value for r, leaf in state["rank"].items()}
     return Resumed(

@@ -17,7 +17,6 @@ from slipstream.bench.measure import token_ids
 from slipstream.cli import app
 from slipstream.coverage import architectures, checks, ranks, shapes, speed, table
 from slipstream.coverage.compare import Attempt, Cell
-from slipstream.coverage.shapes import timed_config
 from slipstream.coverage.tiny import tiny_config, tiny_model
 
 # One of each kind of experts, routers, attention and layers; the command does all of them.
@@ -123,9 +122,9 @@ def test_what_checkpoints_keep_in_fp32_is_timed_so() -> None:
 
 
 def test_a_padded_head_is_timed_with_tokens_that_it_has_logits_for() -> None:
-    padded = timed_config("inkling2_text", 4096)
+    padded = shapes.timed_config("inkling2_text", 4096)
     assert token_ids(padded) == 200058 < padded.vocab_size
-    assert token_ids(timed_config("inkling_text", 4096)) == 201024
+    assert token_ids(shapes.timed_config("inkling_text", 4096)) == 201024
     assert token_ids(tiny_config("inkling2_text")) == 256
 
 
