@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from slipstream.acceleration import accelerate
     from slipstream.auto import AutoModelForCausalLM
     from slipstream.backend import BackendConfig
+    from slipstream.cuda_graphs import GraphedStep
     from slipstream.description import describe
     from slipstream.mtp import train_mtp
     from slipstream.parallel.clip import clip_grad_norm_
@@ -21,6 +22,7 @@ _HOME = {
     "AutoModelForCausalLM": "slipstream.auto",
     "BackendConfig": "slipstream.backend",
     "DistributedSetup": "slipstream.parallel.setup",
+    "GraphedStep": "slipstream.cuda_graphs",
     "accelerate": "slipstream.acceleration",
     "clip_grad_norm_": "slipstream.parallel.clip",
     "create_distributed_setup_from_config": "slipstream.parallel.setup",
@@ -32,6 +34,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "BackendConfig",
     "DistributedSetup",
+    "GraphedStep",
     "accelerate",
     "clip_grad_norm_",
     "create_distributed_setup_from_config",

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from slipstream.bench.options import OURS, Job, Options
+from slipstream.cuda_graphs import GraphedStep
 
 Batch = dict[str, torch.Tensor]
 LEARNING_RATE = 1e-5
@@ -34,6 +35,7 @@ class Contender:
         settings: what it runs with, for the report.
         notes: what a reader has to know beside the figures.
         same_weights: whether its first weights are those of the other sides.
+        graphed: runs forward and backward at once, instead of `loss` and its backward.
     """
 
     model: Any
@@ -44,6 +46,7 @@ class Contender:
     settings: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     same_weights: bool = True
+    graphed: GraphedStep | None = None
 
 
 def build(job: Job, device: torch.device, ranks: int) -> Contender:
@@ -106,6 +109,9 @@ def _slipstream(job: Job, device: torch.device, ranks: int) -> Contender:
         from slipstream.optim import AdamW
 
         optimizers = adamw_by_mesh(model, AdamW)
+    notes = ["the experts' own weights are in 4 bits, those of rivals in 16"] if options.load_in_4bit else []
+    if options.cuda_graphs:
+        notes.append("forward and backward are one CUDA graph; the time of both stands under forward")
     return Contender(
         model=model,
         loss=partial(_loss, model),
@@ -115,8 +121,9 @@ def _slipstream(job: Job, device: torch.device, ranks: int) -> Contender:
         settings={choice.operation: choice.chosen for choice in described.choices}
         | {"optimizer": f"{type(optimizers[0]).__module__}.{type(optimizers[0]).__name__}"}
         | adapted,
-        notes=["the experts' own weights are in 4 bits, those of rivals in 16"] if options.load_in_4bit else [],
+        notes=notes,
         same_weights=not options.load_in_4bit,
+        graphed=GraphedStep(model) if options.cuda_graphs else None,
     )
 
 

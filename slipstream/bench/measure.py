@@ -50,10 +50,12 @@ class Step:
         return self.forward, self.backward, self.optimizer
 
     def forward(self) -> None:
-        self._loss = self.contender.loss(self.batch)
+        graphed = self.contender.graphed
+        self._loss = self.contender.loss(self.batch) if graphed is None else graphed(self.batch)
 
     def backward(self) -> None:
-        self._loss.backward()
+        if self.contender.graphed is None:
+            self._loss.backward()
 
     def optimizer(self) -> None:
         for optimizer in self.contender.optimizers:
@@ -123,6 +125,8 @@ def measure(step: Step, options: Options) -> dict[str, Any]:
     times = [step.timed() for _ in range(options.steps)]
     back_to_back = _back_to_back(step, options.steps)
     peak = _peak(cuda)
+    if step.contender.graphed is not None:
+        peak = max(peak, warmup_peak)  # a replay's memory is not counted as allocated
     return {
         "times": {part: [timed[part] for timed in times] for part in PARTS},
         "back_to_back_ms": back_to_back,
@@ -161,7 +165,7 @@ def routing_imbalance(step: Step) -> dict[str, float] | None:
     hooks = [module.register_forward_pre_hook(count, with_kwargs=True) for module in contender.experts]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            step.forward()
+            contender.loss(step.batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -30,6 +30,7 @@ class Options:
             sides have torch's fused AdamW then.
         load_in_4bit: with `lora`, our experts' own weights are in 4 bits; rivals have them whole.
         backend: fields of our `BackendConfig`.
+        cuda_graphs: our forward and backward run as one CUDA graph, `GraphedStep`.
         rival_attn: the attention that rivals on Transformers load with, where the architecture has it.
         nemo_backend: fields of NeMo's `BackendConfig` that win over those of `bench/nemo.py`.
     """
@@ -52,6 +53,7 @@ class Options:
     lora: int | None = None
     load_in_4bit: bool = False
     backend: dict[str, Any] = field(default_factory=dict)
+    cuda_graphs: bool = False
     rival_attn: str = "sdpa"
     nemo_backend: dict[str, Any] = field(default_factory=dict)
 
@@ -61,6 +63,8 @@ class Options:
                 raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
         if self.warmup < 1:
             raise ValueError(f"warmup={self.warmup}: give 1 or more, the first step compiles and allocates")
+        if self.cuda_graphs and self.warmup < 4:
+            raise ValueError(f"warmup={self.warmup} with cuda_graphs: give 4 or more, the fourth step captures")
         if self.packed is not None and (self.packed < 1 or self.seq_len % self.packed):
             raise ValueError(f"packed={self.packed} does not divide the {self.seq_len} tokens of a row")
         if self.lora is not None and self.lora < 1:

@@ -9,7 +9,6 @@ import re
 import statistics
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
 from slipstream.bench.measure import PARTS, Step
+from slipstream.cuda_graphs import watch
 
 # The first pattern that a kernel's name holds decides. Optimizer kernels are told by the part that launched them.
 CATEGORIES: tuple[tuple[str, str], ...] = (
@@ -162,27 +162,19 @@ def _host_ms(step: Step) -> dict[str, float]:
 
 
 def _synchronisations(step: Step) -> list[dict[str, Any]]:
-    """Where forward and backward make the host wait for the device: the first Python frame, and how often."""
+    """Where forward and backward make the host wait for the device, and how often."""
     if not _is_cuda(step):
         return []
+
+    def forward_backward() -> None:
+        step.forward()
+        step.backward()
+
     _synchronize(True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step.forward()
-            step.backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    _, places = watch(forward_backward)
     step.optimizer()
     _synchronize(True)
-    places = Counter(f"{_short(w.filename)}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
     return [{"place": place, "count": count} for place, count in places.most_common()]
-
-
-def _short(path: str) -> str:
-    """A file's path from its package on."""
-    return re.sub(r"^.*/(?:site|dist)-packages/", "", path)
 
 
 def _is_cuda(step: Step) -> bool:

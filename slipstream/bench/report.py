@@ -168,9 +168,10 @@ def _headline(report: dict[str, Any]) -> str:
     packed = f" packed with documents of {options['packed']}" if options["packed"] else ""
     lora = f"{'Q' * options['load_in_4bit']}LoRA r={options['lora']}, " if options["lora"] else ""
     fp8 = "".join(f"our {name} in FP8, " for name in Options(**options).fp8)
+    graphs = "ours as a CUDA graph, " * Options(**options).cuda_graphs
     return (
         f"{options['model']}{' (tiny)' if options['tiny'] else ''}, {model['layers']} layers, "
-        f"{_count(model['parameters'])} parameters, {lora}{fp8}"
+        f"{_count(model['parameters'])} parameters, {lora}{fp8}{graphs}"
         f"{options['micro_batch']} x {options['seq_len']} tokens{packed} on {report['device']}"
     )
 
@@ -263,6 +264,7 @@ def write_results(report: dict[str, Any], folder: Path) -> list[Path]:
     if options["lora"]:
         parts.append(f"{'q' * options['load_in_4bit']}lora{options['lora']}")
     parts += [f"{name}-fp8" for name in Options(**options).fp8]
+    parts += ["graphs"] * Options(**options).cuda_graphs
     stem = re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower())
     folder.mkdir(parents=True, exist_ok=True)
     name, number = stem, 1

@@ -44,6 +44,8 @@ def execute(job: Job) -> dict[str, Any]:
     if job.contender == OURS:
         from slipstream.compilation import uncompiled  # rivals' environments may have an older Transformers
 
+        if contender.graphed is not None and not contender.graphed.captured:
+            contender.notes[-1] = f"no CUDA graph was captured: {contender.graphed.reason}"
         contender.notes += [f"{name} runs uncompiled: {why}" for name, why in uncompiled(contender.model).items()]
     result |= {
         "contender": job.contender,

@@ -51,6 +51,9 @@ def step(
         bool, typer.Option("--load-in-4bit", help="With --lora: our experts' own weights in 4 bits.")
     ] = False,
     backend: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Our BackendConfig's field.")] = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Ours: forward and backward as one CUDA graph.")
+    ] = False,
     rival_attn: Annotated[str, typer.Option(help="Attention of rivals on Transformers.")] = "sdpa",
     rival_env: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DIR", help="A rival's own folder of packages.")
@@ -97,6 +100,7 @@ def step(
         lora=lora,
         load_in_4bit=load_in_4bit,
         backend=_pairs("--backend", backend),
+        cuda_graphs=cuda_graphs,
         rival_attn=rival_attn,
         nemo_backend=_pairs("--nemo-backend", nemo_backend),
     )

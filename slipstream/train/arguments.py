@@ -18,6 +18,7 @@ OURS = (
     "router_bias_update_rate",
     "freeze_router",
     "mtp_loss_weight",
+    "cuda_graphs",
     "on_bad_step",
     "max_loss_spike",
 )

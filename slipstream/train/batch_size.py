@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from slipstream import hf, hf_trainer
 from slipstream.checkpoint.training_state import rng_state, set_rng_state
 from slipstream.parallel.setup import DistributedSetup
+from slipstream.train.packing import count_tokens
 from slipstream.train.recipe import AUTO, DEFAULT_BATCH_SIZE, Recipe
 
 # What a trial may use of the memory that training can have: rows of other lengths leave gaps between each other.
@@ -140,7 +141,6 @@ class TrialStep:
 
     def __init__(self, trainer: Any, max_length: int) -> None:
         self._trainer, self._device = trainer, trainer.args.device
-        self._tokens, self._seconds = trainer._new_tokens.clone(), trainer.seconds
         self._rng = rng_state()
         data = trainer.train_dataset
         self._rows = list(islice(iter(data), 64))
@@ -166,6 +166,7 @@ class TrialStep:
         rows = self._batch(tokens)
         collate = replace(trainer.data_collator, max_length=len(rows[0]["input_ids"]))  # it fills packed rows up
         inputs = trainer._prepare_inputs(collate(rows))
+        count_tokens(inputs)  # takes out what the model does not take
         trained = torch.tensor(float(tokens), device=self._device)
         trainer.current_gradient_accumulation_steps = 1
         with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
@@ -185,7 +186,6 @@ class TrialStep:
         trainer = self._trainer
         trainer.optimizer = None
         trainer.model.zero_grad()
-        trainer._new_tokens.copy_(self._tokens)
         trainer.routers.forget()
         set_rng_state(self._rng)
         self._empty_cache()

@@ -72,9 +72,13 @@ class Collator(DataCollatorForLanguageModeling):
 
     Attributes:
         max_length: S; packed rows are at most as long.
+        documents_per_row: where it is given, batches of as many rows have `cu_seq_lens_q` of one length too, and S as
+            their longest document, so that a CUDA graph serves them all: behind the last document come empty ones. A
+            batch of more documents is as long as it has to be.
     """
 
     max_length: int = 0
+    documents_per_row: int = 0
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         if LENGTHS not in examples[0]:
@@ -93,15 +97,20 @@ class Collator(DataCollatorForLanguageModeling):
         input_ids = ids.repeat(-(-total // len(ids)))[:total]
         labels_T = F.pad(labels_T, (0, left), value=IGNORE)
         labels_T[starts] = IGNORE
+        longest = max(lengths)
         cu_seq_lens = torch.cat([starts, ends[-1:]]).to(torch.int32)
+        if self.documents_per_row:
+            longest = self.max_length
+            empty = len(examples) * self.documents_per_row + 1 - len(lengths)
+            cu_seq_lens = F.pad(cu_seq_lens, (0, max(0, empty)), value=total)
         return {
             "input_ids": input_ids[None],
             "labels": labels_T[None],
             "position_ids": (torch.arange(total) - torch.repeat_interleave(starts, torch.tensor(lengths)))[None],
             "cu_seq_lens_q": cu_seq_lens,
             "cu_seq_lens_k": cu_seq_lens,
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
+            "max_length_q": longest,
+            "max_length_k": longest,
             TOKENS: len(ids),
         }
 

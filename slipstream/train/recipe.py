@@ -223,6 +223,11 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0)
     bf16: bool | None = Field(None, description="bfloat16 autocast; default: on a GPU when the weights are float32.")
     activation_checkpointing: bool = False
+    cuda_graphs: bool = Field(
+        False,
+        description="Forward and backward as one CUDA graph, for hosts that cannot keep their GPUs busy: LoRA, short "
+        "rows. Batches need one shape: set `data.packing`.",
+    )
     router_aux_loss_coef: float | None = Field(
         None, ge=0, description="Load-balancing loss of an MoE; default: what the model's config says."
     )

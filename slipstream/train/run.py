@@ -133,6 +133,7 @@ def run(
         freeze_router=prepared.recipe.train.freeze_router,
         router_bias_update_rate=prepared.recipe.train.router_bias_update_rate,
         row_length=prepared.data.counts.tokens / prepared.data.counts.rows,
+        cuda_graphs=prepared.recipe.train.cuda_graphs,
     )
     trainer.run_info = {
         "identity": identity(prepared.recipe, prepared.data.counts),

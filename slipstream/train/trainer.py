@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from slipstream import hf_trainer
 from slipstream.checkpoint.resume import Checkpointer, Resumed, load
+from slipstream.cuda_graphs import GraphedStep
 from slipstream.loss import deferred_causal_lm_loss
 from slipstream.moe.balance import check_routers
 from slipstream.optim import AdamW
@@ -27,11 +29,13 @@ from slipstream.train.guards import BadStepError, StepGuard
 from slipstream.train.late import Clock, LateLog, Later, LateVerdict, Snapshot
 from slipstream.train.packing import Collator, count_tokens
 from slipstream.train.routers import ROUTER_NORM, Routers
-from slipstream.train.throughput import flops_per_token, mfu, peak_memory_gib
+from slipstream.train.throughput import GIB, flops_per_token, mfu, peak_memory_gib
 
 TRAINER_STATE = "trainer_state.json"
 # What TRL and Transformers set on a model's config for the time of training.
 CHANGED_KEYS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
+_ITEMS = "num_items_in_batch"
+_DOCUMENTS = 1.5  # of a row that CUDA graphs have room for, over the mean
 
 
 class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_trainer.LogHook, SFTTrainer):
@@ -73,8 +77,10 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         freeze_router: bool = False,
         router_bias_update_rate: float = 0.0,
         row_length: float = 0.0,
+        cuda_graphs: bool = False,
     ) -> None:
-        """`guard` judges each step before its update. `row_length` is the mean of the documents', for MFU."""
+        """`guard` judges each step before its update. `row_length` is the mean of the documents', which MFU needs, and
+        `cuda_graphs` (`GraphedStep`) for packed rows."""
         config = model.config.get_text_config()
         loaded = [(c, key, getattr(c, key)) for c in (config, model.config) for key in CHANGED_KEYS if hasattr(c, key)]
         if args.router_aux_loss_coef is None and not getattr(config, "output_router_logits", False):
@@ -99,7 +105,9 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
             model=model,
             args=args,
             data_collator=Collator(
-                pad_token_id=next((i for i in (pad, eos) if i is not None), 0), max_length=max_length
+                pad_token_id=next((i for i in (pad, eos) if i is not None), 0),
+                max_length=max_length,
+                documents_per_row=math.ceil(_DOCUMENTS * max_length / row_length) if cuda_graphs and row_length else 0,
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -117,22 +125,21 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
             setattr(owner, key, value)
         self._router_kwarg = hasattr(config, "output_router_logits")
         self.z_loss = z_loss
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self._counted_to, self._trained_per_row = 0, 0.0, 0.0, 0.0
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
         self._clock: Clock | None = None
-        self._counted_to = 0.0
-        self._trained_per_row = 0.0
-        self.checkpointer = checkpointer
-        self.run_info: dict[str, Any] = {}
+        self.checkpointer, self.run_info = checkpointer, dict[str, Any]()
         self._resumed: Resumed | None = None
-        assert self.model is not None
         self.guard = guard
+        assert self.model is not None
         self.routers = Routers(self.model, args.device, freeze_router, router_bias_update_rate)
         self._row_length = row_length
         self._flops: float | None = None
         self._before_step: Snapshot | None = None
         self._verdict: LateVerdict | None = None
         self._late_log: LateLog | None = None
+        self._cuda_graphs = cuda_graphs
+        self._graphed: GraphedStep | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(resume_from_checkpoint, str):
@@ -186,11 +193,21 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
             if self.guard.at_first_batch:
                 self._before_step = Snapshot(self)
             self.guard.see(inputs)
+        self._new_tokens += count_tokens(inputs)
         with hf_trainer.staying_in_training(model):
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            loss = self._forward_backward(model, inputs, *args, **kwargs)
         if self.guard is not None:
             self.guard.see_loss(loss)
         return loss
+
+    def _forward_backward(self, model: torch.nn.Module, inputs: dict[str, Any], items: Tensor | None = None) -> Tensor:
+        eagerly = super().training_step
+        if not self._cuda_graphs:
+            return eagerly(model, inputs, items)
+        if self._graphed is None:
+            self._graphed = GraphedStep(model, lambda batch: eagerly(model, batch, batch.pop(_ITEMS)))
+        batch = {**self._prepare_inputs(inputs), _ITEMS: items}
+        return self._graphed(batch, (self.current_gradient_accumulation_steps,))
 
     def total_norm(self) -> Tensor | None:
         """The norm of the gradients, which our optimizer clips as it reads them; other optimizers get them clipped."""
@@ -284,7 +301,6 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Transformers' training loss (scalar), with the load-balancing term a mean over ranks and micro-batches."""
-        self._new_tokens += count_tokens(inputs)
         self.routers.see(inputs.get("attention_mask"))
         loss, outputs = Trainer.compute_loss(
             self, model, {**inputs, **self._model_kwargs(training=True)}, True, num_items_in_batch
@@ -326,7 +342,9 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         return metrics
 
     def record_log(self, steps: int, grad_norm: Tensor, learning_rate: float, start_time: float | None) -> None:
-        memory = torch.full_like(self._new_tokens, peak_memory_gib(self.args.device), dtype=torch.float64)
+        peak = peak_memory_gib(self.args.device)
+        peak = max(peak, self._graphed.peak_bytes / GIB) if self._graphed is not None else peak
+        memory = torch.full_like(self._new_tokens, peak, dtype=torch.float64)
         mine = torch.stack([hf_trainer.running_loss(self).double(), self._new_tokens.double(), memory])
         self._new_tokens.zero_()
         everyone = self.accelerator.gather(mine)

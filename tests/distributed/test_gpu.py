@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM as Transformers
 from transformers import Qwen3MoeConfig
 
-from slipstream import AutoModelForCausalLM, clip_grad_norm_
+from slipstream import AutoModelForCausalLM, GraphedStep, clip_grad_norm_
+from slipstream.adapters import all_experts
 from tests.distributed.harness import run_ranks
 
 pytestmark = [
@@ -73,6 +75,48 @@ def test_loss_and_gradients(dispatcher: str) -> None:
     ):
         assert loss_error < 1e-3
         assert grad_error < 3e-2, name
+
+
+def graphed(adapters: bool, checkpointing: str) -> tuple[list[float], list[float], int]:
+    """Losses of eager steps and of steps that become CUDA graphs, two micro-batches each; how many graphs there are."""
+    found = []
+    for graphs in (False, True):
+        setup = {"ep_size": 2, "activation_checkpointing": checkpointing}
+        model = build(distributed_setup=setup, backend={"dispatcher": "nvlink"})
+        if adapters:
+            torch.manual_seed(1)
+            lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], target_parameters=all_experts(model))
+            model = get_peft_model(model, lora)
+        step = GraphedStep(model) if graphs else None
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, foreach=False)
+        losses = []
+        for _ in range(6):
+            for micro in range(2):
+                ids = batch(2 * micro + dist.get_rank())
+                inputs = {"input_ids": ids, "labels": ids}
+                if step is None:
+                    loss = model(**inputs).loss
+                    loss.backward()
+                else:
+                    loss = step(inputs)
+                losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(losses)
+    assert step is not None
+    return found[0], found[1], len(step._captured)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "checkpointing"),
+    [(False, "none"), (True, "none"), (False, "full")],
+    ids=["full", "lora", "recomputed"],
+)
+def test_cuda_graphs_train_as_eager_steps_do(adapters: bool, checkpointing: str) -> None:
+    for eager, replayed, graphs in run_ranks(graphed, 2, adapters, checkpointing, timeout=180, backend="nccl"):
+        assert graphs == 2
+        assert replayed == pytest.approx(eager, rel=2e-3)
+        assert adapters or eager[-1] < eager[1] - 0.1  # it trains
 
 
 def saved(folder: str) -> dict[str, torch.Tensor]:
