@@ -21,6 +21,7 @@ from slipstream import hf, hf_models
 from slipstream.compilation import decoder_layers
 from slipstream.moe.dispatch import GRADIENT_DIVISOR
 from slipstream.moe.foreign import adapt
+from slipstream.parallel import embedding as embeddings
 from slipstream.parallel.average import AverageGradients
 from slipstream.parallel.setup import DistributedSetup
 from slipstream.parallel.units import UNIT_PARAMETERS, frees_after_forward, joined
@@ -39,8 +40,11 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
         ep_plan: module or parameter name -> style; the experts are "ep_dispatch_experts".
     """
     elsewhere = _shard_experts(model, meshes, ep_plan, setup) | _leave_whole(model)
-    freed, kept = _units(model, fsdp_plan)
     mesh = _data_mesh(meshes, "fsdp", setup)
+    freed, kept = _units(model, fsdp_plan)
+    if _spreads_embedding(model, setup):
+        elsewhere.add(embeddings.spread(model.get_input_embeddings(), mesh))
+        freed = [module for module in freed if module is not model.get_input_embeddings()]
     policies = _policies(setup)
     policies |= {"shard_placement_fn": _placement(model, setup.fsdp_size), "ignored_params": elsewhere}
     units, frees = _join_layers(freed, decoder_layers(model), elsewhere, setup)
@@ -127,6 +131,15 @@ def _shard_experts(model: Any, meshes: Any, ep_plan: Plan, setup: DistributedSet
                 )
                 _scale_gradients(experts, setup)
     return set()
+
+
+def _spreads_embedding(model: Any, setup: DistributedSetup) -> bool:
+    """Whether tokens travel to rows of the input embedding instead of FSDP2 gathering it."""
+    if setup.replicas > 1 or setup.tp_size > 1 or setup.param_dtype is not None or setup.cpu_offload:
+        return False
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and getattr(embedding, "weight", None) is head.weight
+    return not tied and setup.fsdp_size <= embeddings.most_ranks(embedding)
 
 
 def stay_put(setup: DistributedSetup) -> bool:

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import slipstream.moe.experts  # noqa: F401  (registers the expert path)
 from slipstream import hf, hf_models
 from slipstream.moe.activation import activation_name
+from slipstream.parallel.embedding import most_ranks
 from slipstream.planning.flops import meta_model, top_k
 from slipstream.recurrent.selective_scan import channels_first
 
@@ -81,6 +82,7 @@ class Shape:
     Attributes:
         layers: in order.
         embedding, head: parameters of the input embedding, and of the output head if it is not the same.
+        embedding_ranks: over how many GPUs the embedding's rows lie for good; FSDP2 gathers it on more.
         rest: all other parameters outside the layers.
         kept_outside: bytes a token kept outside the layers, fp32 logits not counted.
         hidden, vocabulary: widths.
@@ -95,6 +97,7 @@ class Shape:
     hidden: int
     vocabulary: int
     linears: tuple[Linear, ...]
+    embedding_ranks: int = 1
 
     @property
     def dense(self) -> int:
@@ -145,6 +148,7 @@ def model_shape(config: PretrainedConfig, seq_len: int) -> Shape:
     return Shape(
         layers=found,
         embedding=embedding.numel(),
+        embedding_ranks=1 if tied else most_ranks(model.get_input_embeddings()),
         head=0 if tied else head.numel(),
         rest=total - inside - outer,
         kept_outside=trace.bytes_of(trace.saved[None]) / seq_len,

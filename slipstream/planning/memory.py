@@ -204,6 +204,8 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
             )
         )
     embedding = 2 * _gradient_bytes(shape.embedding, layout) if shards > 1 or layout.accumulation > 1 else 0
+    if spreads_embedding(shape, layout):
+        embedding /= shards
     moments.append(
         _moment("the end of backward", steady, {"gradients": every_gradient, "backward of a layer": embedding})
     )
@@ -303,6 +305,11 @@ def _in_between(layer: Layer, layout: Layout) -> float:
 def dequantised_bytes(layer: Layer, layout: Layout) -> float:
     """The experts of a layer in the dtype of its GEMMs, where they are stored in 4 bits."""
     return layout.compute_bytes * layer.routed / layout.ep_size if layout.load_in_4bit else 0.0
+
+
+def spreads_embedding(shape: Shape, layout: Layout) -> bool:
+    """Whether rows of the embedding stay on their GPUs (`slipstream/parallel/embedding.py`)."""
+    return 1 < layout.shards <= shape.embedding_ranks and layout.dp_replicate == 1
 
 
 def frees_gathered(shape: Shape, layout: Layout) -> bool:

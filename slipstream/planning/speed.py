@@ -19,6 +19,7 @@ from slipstream.planning.memory import (
     foreign_slots,
     frees_gathered,
     ranks_a_token,
+    spreads_embedding,
 )
 
 _USED = {name: constant.value for name, constant in CONSTANTS.items()}
@@ -183,6 +184,8 @@ def _gathered_bytes(shape: Shape, layout: Layout) -> float:
     gathers = 2 if frees_gathered(shape, layout) else 1
     reductions = 0 if layout.lora_rank is not None else 1
     split: float = shape.dense
+    if spreads_embedding(shape, layout):
+        split -= shape.embedding
     if layout.efsdp > 1:
         split += shape.routed / layout.ep_size
     return split * layout.weight_bytes * (gathers + reductions)

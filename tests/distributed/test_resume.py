@@ -247,4 +247,5 @@ def test_signal_to_one_rank(whole: Path, tmp_path: Path, checkpoint: Path) -> No
 def test_first_error_is_told(tmp_path: Path, checkpoint: Path) -> None:
     done = torchrun(tmp_path, checkpoint, fault="1 3 raise")
     assert done.returncode != 0
+    assert "Root Cause" in done.stderr, done.stderr
     assert "MemoryError: no memory left on this rank" in done.stderr[done.stderr.index("Root Cause") :]
