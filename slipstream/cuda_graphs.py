@@ -38,7 +38,8 @@ class GraphedStep:
     A replay runs no Python: hooks, counters and prints in the model ran for the last time when it was captured. The
     memory of its activations stays reserved in between, and cannot be used by anything else.
 
-    With several ranks call it on all of them at once; they replay only where all do.
+    With several ranks call it on all of them at once; they replay only where all do. Let go of it before
+    `destroy_process_group()`: NCCL does not end while a graph holds its collectives.
 
     Example:
         step = GraphedStep(model)
@@ -209,12 +210,13 @@ def watch(run: Callable[[], Any]) -> tuple[Any, Counter[str]]:
             result = run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = (
-        re.sub(r"^.*/(?:site|dist)-packages/", "", f"{warning.filename}:{warning.lineno}")
-        for warning in caught
-        if "called a synchronizing" in str(warning.message)  # turning the mode on has a warning of its own
-    )
-    return result, Counter(places)
+    places: Counter[str] = Counter()
+    for warning in caught:
+        if "called a synchronizing" in str(warning.message):
+            places[re.sub(r"^.*/(?:site|dist)-packages/", "", f"{warning.filename}:{warning.lineno}")] += 1
+        elif "Synchronization debug mode" not in str(warning.message):  # told when it is turned on
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return result, places
 
 
 def _of_model(model: nn.Module) -> Callable[[dict[str, Any]], Tensor]:

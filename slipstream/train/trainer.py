@@ -142,17 +142,19 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         self._graphed: GraphedStep | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, TRAINER_STATE)))
             if state.global_step >= state.max_steps:
                 # Trainer would make one step more.
-                assert self.model is not None
                 load(Path(resume_from_checkpoint), self.model)
                 self.state = state
                 return None
-        assert self.model is not None
         self._flops = flops_per_token(self.model, self._row_length) if self._row_length else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._graphed = None
 
     def save_checkpoint(self) -> None:
         assert self.checkpointer is not None
@@ -187,8 +189,7 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self._clock is None:
-            self._clock = Clock(self.args.device)
-            self._counted_to = time.perf_counter()
+            self._clock, self._counted_to = Clock(self.args.device), time.perf_counter()
         if self.guard is not None:
             if self.guard.at_first_batch:
                 self._before_step = Snapshot(self)
@@ -342,8 +343,7 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         return metrics
 
     def record_log(self, steps: int, grad_norm: Tensor, learning_rate: float, start_time: float | None) -> None:
-        peak = peak_memory_gib(self.args.device)
-        peak = max(peak, self._graphed.peak_bytes / GIB) if self._graphed is not None else peak
+        peak = max(peak_memory_gib(self.args.device), self._graphed.peak_bytes / GIB if self._graphed else 0.0)
         memory = torch.full_like(self._new_tokens, peak, dtype=torch.float64)
         mine = torch.stack([hf_trainer.running_loss(self).double(), self._new_tokens.double(), memory])
         self._new_tokens.zero_()
