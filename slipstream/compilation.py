@@ -110,9 +110,11 @@ def uncompiled(model: nn.Module) -> dict[str, str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and what its message begins with."""
+    """The kind of an error and what its message begins with; where that names a generated file alone, the next line
+    says what is wrong with it."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
+    told = " ".join(lines[: 2 if lines and lines[0].startswith("Failed to import") else 1])
+    return f"{type(error).__name__}: {told}"[:300] if told else type(error).__name__
 
 
 def _on_gpu(given: Any) -> bool:

@@ -21,6 +21,8 @@ Batch = Mapping[str, Any]
 # What a rank proposes to do with a batch; see `_agreed`.
 _EAGER, _ASSIGN, _ACCUMULATE = range(3)
 _PATIENCE = 10  # batches, before we say that nothing can be captured for lack of a forward without gradients
+# Beside what experts' layers keep for backward, one layer's tensors in between, in such pre-activations.
+_IN_BETWEEN = 6
 
 
 class _Captured(NamedTuple):
@@ -80,6 +82,7 @@ class GraphedStep:
         self._captured: dict[int, _Captured] = {}
         self._grads: list[tuple[nn.Parameter, Tensor]] = []
         self._without: list[nn.Parameter] = []
+        self._room, self._most_bytes = 0.0, 0
         if not cuda:
             self._give_up("there is no GPU")
         elif any(isinstance(module, DistributedDataParallel) for module in model.modules()):
@@ -144,11 +147,13 @@ class GraphedStep:
             self._seen[key] += 1
         with self._on_stream():
             if self._seen[key] == self.warmup and self._key is None:
-                loss, places = watch(lambda: self._run(dict(batch)))
+                self._room = self._spare_bytes()
+                loss, places = watch(lambda: self._run_static(dict(batch)))
                 if places:
                     self._give_up(f"the host waits for the device at {', '.join(places)}")
             else:
                 loss = self._run(dict(batch))
+                self._most_bytes = max(self._most_bytes, torch.cuda.max_memory_allocated() if self._stream else 0)
         if self._seen[key] == self.warmup + _PATIENCE and not self._captured:
             self._give_up("gradients are there before every forward: set them to None after the optimizer's step")
         return loss.detach()
@@ -164,6 +169,24 @@ class GraphedStep:
         with torch.cuda.stream(self._stream):
             yield
         current.wait_stream(self._stream)
+
+    def _run_static(self, batch: dict[str, Any]) -> Tensor:
+        """A run for whose sizes the host does not wait, as far as there is room for the worst case."""
+        from slipstream.moe.dispatch.nvlink_experts import room_for_worst_cases
+
+        with room_for_worst_cases(self._room):
+            return self._run(batch)
+
+    def _spare_bytes(self) -> float:
+        """What each layer with experts may take of half the memory that eager steps have left free."""
+        from slipstream.hf import is_experts  # a rival's environment may have an older Transformers
+
+        if self._stream is None:
+            return 0.0
+        free, _ = torch.cuda.mem_get_info()
+        spare = free + torch.cuda.memory_reserved() - self._most_bytes
+        layers = sum(map(is_experts, self._model.modules()))
+        return max(0.0, spare / 2 / (layers + _IN_BETWEEN))
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
@@ -188,7 +211,7 @@ class GraphedStep:
         try:
             # Other threads, such as NCCL's watchdog, may do meanwhile what a capture forbids.
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                loss = self._run(batch).detach()
+                loss = self._run_static(batch).detach()
         except Exception as error:
             cause = str(error.__context__ or error).splitlines()[0]  # ending the capture fails as well
             raise RuntimeError(

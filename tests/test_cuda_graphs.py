@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import slipstream
 from slipstream.cuda_graphs import GraphedStep, _Captured, watch
+from slipstream.moe.dispatch.nvlink_experts import WORST_CASE_BYTES, _num_rows, room_for_worst_cases
+from slipstream.moe.routing import Routing
 from slipstream.train.packing import LENGTHS, Collator, count_tokens
 from tests.distributed.harness import run_ranks
 from tests.tiny_models import tiny_batch, tiny_model
@@ -219,6 +221,18 @@ def test_more_documents_than_there_is_room_for_are_not_cut() -> None:
     row = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], LENGTHS: [1, 1, 1, 1]}
     batch = Collator(pad_token_id=0, max_length=4, documents_per_row=2)([row])
     assert batch["cu_seq_lens_q"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_host_waits_for_no_rows_that_there_is_room_for() -> None:
+    rows, ends = torch.zeros(1000, dtype=torch.int32), torch.tensor([3, 7], dtype=torch.int32)
+    routing, up = Routing(rows, rows, ends, rows), torch.empty(2, 8, 300_000, dtype=torch.bfloat16, device="meta")
+    assert WORST_CASE_BYTES < 1000 * 300_000 * 2
+    assert _num_rows(routing, up) == 7
+    with room_for_worst_cases(1e9):
+        assert _num_rows(routing, up) == 1000
+        with room_for_worst_cases(5e8):
+            assert _num_rows(routing, up) == 7
+    assert _num_rows(routing, up) == 7
 
 
 @pytest.mark.gpu

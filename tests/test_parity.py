@@ -54,9 +54,13 @@ def compare(model_type: str, floor: float, **changes: int) -> PreTrainedModel:
     assert abs(loss - expected_loss) <= RELATIVE * abs(expected_loss)
     assert grads.keys() == expected.keys()
     scale = torch.stack([grad.abs().max() for grad in expected.values()]).median() * floor
+    exact: dict[str, torch.Tensor] = {}
     for name, grad in expected.items():
         error = (grads[name] - grad).abs().max()
-        assert error <= RELATIVE * torch.maximum(grad.abs().max(), scale), (name, error.item())
+        if error > RELATIVE * torch.maximum(grad.abs().max(), scale):
+            # Transformers' own rounding: on some processors Gemma 4's is 2e-5.
+            exact = exact or backward(copy.deepcopy(reference).double())[1]
+            assert error <= (grad - exact[name]).abs().max(), (name, error.item())
     return ours
 
 

@@ -28,6 +28,9 @@ def coverage(
         float | None, typer.Option(help="--speed: begin no architecture after so long; run again to go on.")
     ] = None,
     seconds_per_model: Annotated[float, typer.Option(help="--speed: a side that takes longer is given up.")] = 120.0,
+    compile_workers: Annotated[
+        int, typer.Option(help="--speed: processes that compile the next models beforehand; 5 on 140 GB, 3 on 80.")
+    ] = 0,
     seq_len: Annotated[int, typer.Option(help="--speed: tokens a row, fewer for a few models.")] = 4096,
     compile_layers: Annotated[bool, typer.Option("--compile/--no-compile", help="--speed: ours compiled.")] = True,
     tiny: Annotated[bool, typer.Option("--tiny", help="--speed: tiny sizes, on the CPU if there is no GPU.")] = False,
@@ -53,7 +56,12 @@ def coverage(
             table.write(output, [before[name] for name in known if name in before])
 
     if speed:
-        rows = _timed(chosen, before, keep, limit_seconds, seconds_per_model, seq_len, compile_layers, tiny)
+        limits: dict[str, Any] = {
+            "limit_seconds": limit_seconds,
+            "seconds_per_model": seconds_per_model,
+            "compile_workers": compile_workers,
+        }
+        rows = _timed(chosen, before, keep, limits, seq_len, compile_layers, tiny)
     else:
         rows = _checked(chosen, before, ep)
         keep(rows)
@@ -93,8 +101,7 @@ def _timed(
     chosen: list[str],
     before: "dict[str, Row]",
     keep: Any,
-    limit_seconds: float | None,
-    seconds_per_model: float,
+    limits: dict[str, Any],
     seq_len: int,
     compile_layers: bool,
     tiny: bool,
@@ -122,7 +129,7 @@ def _timed(
         print(f"{row.model_type}: {said} ({row.speed.get('shapes')}; {seconds:.0f} s)", file=sys.stderr, flush=True)
 
     rows = [before.get(name) or Row(name, has_experts(name)) for name in chosen if not is_composite(name)]
-    left = measure_all(rows, options, limit_seconds=limit_seconds, seconds_per_model=seconds_per_model, done=done)
+    left = measure_all(rows, options, done=done, tell=lambda line: print(line, file=sys.stderr, flush=True), **limits)
     if left:
         print(f"left: {','.join(left)}", file=sys.stderr)
     return rows

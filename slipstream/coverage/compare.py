@@ -1,5 +1,6 @@
 """How close two models are, and what a check says."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,16 @@ def loss_and_gradients(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dic
     loss = model(input_ids=ids, labels=labels, use_cache=False).loss
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def rounding(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """How far the worst gradient of `model`, in fp32, is from the same model's in fp64: sums in another order can't be
+    held to less."""
+    gradients = []
+    for exact in (False, True):
+        one = copy.deepcopy(model)
+        gradients.append(loss_and_gradients(one.double() if exact else one, ids)[1])
+    return worst_gradient(*gradients)[0]
 
 
 def worst_gradient(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:

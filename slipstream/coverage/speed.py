@@ -29,6 +29,7 @@ MOST_USED = (
     "qwen3", "qwen2", "mistral", "gemma3_text", "phi3", "qwen3_5_text", "olmo3", "smollm3", "granite",
 )  # fmt: skip
 LOST = "CUDA error"  # after it nothing runs in this process any more
+_COMPILED_TOGETHER = 3  # models of each process
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def measure_all(
     limit_seconds: float | None,
     seconds_per_model: float,
     done: Callable[[Row, float], None],
+    compile_workers: int = 0,
+    tell: Callable[[str], None] = print,
 ) -> list[str]:
     """Fill in the `speed` of each row that has none yet with these versions on this GPU, or an error; in the order of
     `in_order`.
@@ -61,16 +64,24 @@ def measure_all(
         limit_seconds: after so long no architecture is begun.
         seconds_per_model: after so long a side counts as stopped.
         done: called with each row that was measured, and its seconds.
+        compile_workers: so many processes compile the next few models' steps before these are measured; 0: nothing
+            is compiled beforehand. Each needs memory for a model and its gradients.
+        tell: called with what went wrong there.
 
     Returns:
         The model types that are left.
     """
+    from slipstream.coverage import warm  # its processes import this module
+
     begun = monotonic()
     rows = in_order([row for row in rows if not _is_measured(row, options(row.model_type))], options)
     for place, row in enumerate(rows):
         timed = options(row.model_type)
         if limit_seconds is not None and monotonic() - begun > limit_seconds:
             return [row.model_type for row in rows[place:]]
+        if compile_workers and place % (_COMPILED_TOGETHER * compile_workers) == 0:
+            following = rows[place : place + _COMPILED_TOGETHER * compile_workers]
+            warm.warm([options(row.model_type) for row in following], compile_workers, seconds_per_model, tell)
         start = monotonic()
         row.speed = measure(timed, seconds_per_model)
         done(row, monotonic() - start)

@@ -9,6 +9,7 @@ arXiv 1909.08053, section 3), among ranks that have tokens of their own.
 Dims: T tokens of this rank, M the most of any rank, P ranks, N = P * M, V words, R of them on this rank, H width.
 """
 
+from datetime import timedelta
 from types import MethodType
 from typing import Any
 
@@ -37,7 +38,7 @@ def most_ranks(embedding: Any) -> int:
     return max(1, embedding.num_embeddings // (2 * USUAL_TOKENS)) if plain else 1
 
 
-def spread(embedding: Any, mesh: DeviceMesh) -> nn.Parameter:
+def spread(embedding: Any, mesh: DeviceMesh, timeout_minutes: float | None = None) -> nn.Parameter:
     """Divide the rows of `embedding`, on the meta device, over all ranks of the job, in place; returns its parameter.
 
     Its gradient is the mean over the ranks, as FSDP2's are. All ranks call it, and every forward, at the same time.
@@ -45,7 +46,8 @@ def spread(embedding: Any, mesh: DeviceMesh) -> nn.Parameter:
     world = dist.group.WORLD
     assert world is not None
     if world not in _hosts:
-        _hosts[world] = dist.new_group(backend="gloo")
+        timeout = None if timeout_minutes is None else timedelta(minutes=timeout_minutes)
+        _hosts[world] = dist.new_group(backend="gloo", timeout=timeout)
     weight = embedding.weight
     rows = distribute_tensor(weight.data, mesh, [Shard(0)], src_data_rank=None)
     embedding.weight = nn.Parameter(rows, requires_grad=weight.requires_grad)

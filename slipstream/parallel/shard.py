@@ -42,8 +42,8 @@ def shard(model: Any, meshes: Any, fsdp_plan: Plan, ep_plan: Plan, setup: Distri
     elsewhere = _shard_experts(model, meshes, ep_plan, setup) | _leave_whole(model)
     mesh = _data_mesh(meshes, "fsdp", setup)
     freed, kept = _units(model, fsdp_plan)
-    if _spreads_embedding(model, setup):
-        elsewhere.add(embeddings.spread(model.get_input_embeddings(), mesh))
+    if _spreads_embedding(model, elsewhere, setup):
+        elsewhere.add(embeddings.spread(model.get_input_embeddings(), mesh, setup.timeout_minutes))
         freed = [module for module in freed if module is not model.get_input_embeddings()]
     policies = _policies(setup)
     policies |= {"shard_placement_fn": _placement(model, setup.fsdp_size), "ignored_params": elsewhere}
@@ -133,13 +133,14 @@ def _shard_experts(model: Any, meshes: Any, ep_plan: Plan, setup: DistributedSet
     return set()
 
 
-def _spreads_embedding(model: Any, setup: DistributedSetup) -> bool:
+def _spreads_embedding(model: Any, elsewhere: set[nn.Parameter], setup: DistributedSetup) -> bool:
     """Whether tokens travel to rows of the input embedding instead of FSDP2 gathering it."""
     if setup.replicas > 1 or setup.tp_size > 1 or setup.param_dtype is not None or setup.cpu_offload:
         return False
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and getattr(embedding, "weight", None) is head.weight
-    return not tied and setup.fsdp_size <= embeddings.most_ranks(embedding)
+    weight = getattr(embedding, "weight", None)
+    tied = head is not None and weight is head.weight
+    return not tied and weight not in elsewhere and setup.fsdp_size <= embeddings.most_ranks(embedding)
 
 
 def stay_put(setup: DistributedSetup) -> bool:

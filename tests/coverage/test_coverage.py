@@ -15,7 +15,7 @@ import slipstream
 from slipstream import hf
 from slipstream.bench.measure import token_ids
 from slipstream.cli import app
-from slipstream.coverage import architectures, checks, ranks, shapes, speed, table
+from slipstream.coverage import architectures, checks, ranks, shapes, speed, table, warm
 from slipstream.coverage.compare import Attempt, Cell
 from slipstream.coverage.tiny import tiny_config, tiny_model
 
@@ -91,6 +91,29 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
     (tmp_path / "out.json").write_text("{}")
     with pytest.raises(ValueError, match="no table of slipstream coverage"):
         table.read(tmp_path / "out.json")
+
+
+def test_the_next_models_are_compiled_before_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    monkeypatch.setattr(warm, "warm", lambda every, *_: events.append([timed.model for timed in every]))
+    monkeypatch.setattr(speed, "measure", lambda options, seconds: events.append(options.model) or {"step": 2.0})
+    rows = [checks.Row(name) for name in ("llama", "qwen3", "qwen2", "mistral")]
+
+    def timed(name: str) -> speed.Timed:
+        return speed.Timed(name, device="cpu", tiny=True)
+
+    limits: dict[str, Any] = {"limit_seconds": None, "seconds_per_model": 1, "done": lambda *_: None}
+    speed.measure_all(rows, timed, compile_workers=1, **limits)
+    assert events == [["llama", "qwen3", "qwen2"], "llama", "qwen3", "qwen2", ["mistral"], "mistral"]
+
+
+@pytest.mark.slow
+def test_models_are_compiled_by_processes_of_their_own() -> None:
+    options = {"device": "cpu", "tiny": True, "seq_len": 32, "backend": {"compile": "none"}}
+    told: list[str] = []
+    warm.warm([speed.Timed(name, **options) for name in ("llama", "nonsense")], 2, 120, told.append)
+    assert len(told) == 1
+    assert told[0].startswith("nonsense: not compiled beforehand: ")
 
 
 def test_speed_resumes(tmp_path: Path) -> None:

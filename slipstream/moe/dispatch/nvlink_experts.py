@@ -12,6 +12,8 @@ E experts of this rank, R rows sorted by expert, I intermediate, W = I, or 2I wh
 adapter.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -42,6 +44,7 @@ from slipstream.moe.routing import Routing, sort_by_expert
 # but is P times what comes on average, kept for backward. Beyond these bytes of pre-activation a layer the host waits
 # for the real number instead, 50-100 us in which it does not run ahead.
 WORST_CASE_BYTES = 256 * 2**20
+_room = 0.0  # what `room_for_worst_cases` allows
 
 _INPUTS = (
     "Tensor weights_TK, Tensor idx_TK, Tensor up_EHW, Tensor down_EIH, Tensor? up_bias_EW, Tensor? down_bias_EH, "
@@ -138,10 +141,21 @@ def run_experts(
     return out_TH, rows_NH, weights_NK, idx_NK, hidden_RW, *routing
 
 
+@contextmanager
+def room_for_worst_cases(layer_bytes: float) -> Iterator[None]:
+    """Inside, the host waits for no number of rows whose pre-activation takes up to so many bytes."""
+    global _room
+    before, _room = _room, layer_bytes
+    try:
+        yield
+    finally:
+        _room = before
+
+
 def _num_rows(room: Routing, up_EHW: Tensor) -> int:
     """Of the rows that there is `room` for, those to compute; never 0, which grouped GEMMs need not take."""
     most = room.slot_R.shape[0]
-    if most * up_EHW.shape[2] * up_EHW.element_size() > WORST_CASE_BYTES:
+    if most * up_EHW.shape[2] * up_EHW.element_size() > max(WORST_CASE_BYTES, _room):
         most = max(1, int(room.ends_E[-1]))
     return most
 
