@@ -148,9 +148,12 @@ class GraphedStep:
         with self._on_stream():
             if self._seen[key] == self.warmup and self._key is None:
                 self._room = self._spare_bytes()
-                loss, places = watch(lambda: self._run_static(dict(batch)))
+                with _reads_of_random_state() as reads:
+                    loss, places = watch(lambda: self._run_static(dict(batch)))
                 if places:
                     self._give_up(f"the host waits for the device at {', '.join(places)}")
+                elif reads:
+                    self._give_up("activation checkpointing keeps the random generator's state, which has to be read")
             else:
                 loss = self._run(dict(batch))
                 self._most_bytes = max(self._most_bytes, torch.cuda.max_memory_allocated() if self._stream else 0)
@@ -240,6 +243,25 @@ def watch(run: Callable[[], Any]) -> tuple[Any, Counter[str]]:
         elif "Synchronization debug mode" not in str(warning.message):  # told when it is turned on
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return result, places
+
+
+@contextmanager
+def _reads_of_random_state() -> Iterator[list[None]]:
+    """Grows by one with each read of a GPU's random generator, which PyTorch forbids while it captures."""
+    reads: list[None] = []
+    cuda: Any = torch.cuda
+    read = cuda.get_rng_state
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        reads.append(None)
+        state: Tensor = read(*args, **kwargs)
+        return state
+
+    cuda.get_rng_state = noted
+    try:
+        yield reads
+    finally:
+        cuda.get_rng_state = read
 
 
 def _of_model(model: nn.Module) -> Callable[[dict[str, Any]], Tensor]:

@@ -175,6 +175,26 @@ def test_what_cannot_be_captured_is_told() -> None:
         assert watch(lambda: 3) == (3, {})
 
 
+def test_a_step_that_reads_the_random_state_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": torch.zeros(16))
+    model, _ = two()
+    run = forward_backward(model)
+
+    def checkpointed(batch: dict[str, Any]) -> Tensor:
+        torch.cuda.get_rng_state()
+        return run(batch)
+
+    step = Graphed(model, checkpointed)
+    for number in range(1, 6):
+        if number == step.warmup:
+            with pytest.warns(UserWarning, match="activation checkpointing"):
+                step({"x": torch.ones(5, 4)})
+        else:
+            step({"x": torch.ones(5, 4)})
+        model.zero_grad()
+    assert not step.captured
+
+
 def some_ranks_have_other_shapes() -> tuple[int, list[float]]:
     import torch.distributed as dist
 

@@ -365,6 +365,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _batches_can_be_graphed(self) -> "Recipe":
+        if not self.train.cuda_graphs:
+            return self
+        if not self.data.packing:
+            raise ValueError("train.cuda_graphs: padded rows have many shapes; set data.packing: true, or leave it out")
+        if self.train.activation_checkpointing or self.distributed.get("activation_checkpointing", "none") != "none":
+            raise ValueError("train.cuda_graphs does not go together with activation checkpointing; leave one out")
+        if self.distributed.get("strategy") == "ddp":
+            raise ValueError("train.cuda_graphs does not go together with distributed.strategy: ddp; use fsdp2")
+        return self
+
+    @model_validator(mode="after")
     def _has_held_out_data(self) -> "Recipe":
         if self.eval.early_stopping_patience is not None and self.data.eval is None and not self.data.eval_fraction:
             raise ValueError("eval.early_stopping_patience: no data is held out; set data.eval or data.eval_fraction")

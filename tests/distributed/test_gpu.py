@@ -114,7 +114,7 @@ def graphed(adapters: bool, checkpointing: str) -> tuple[list[float], list[float
 )
 def test_cuda_graphs_train_as_eager_steps_do(adapters: bool, checkpointing: str) -> None:
     for eager, replayed, graphs in run_ranks(graphed, 2, adapters, checkpointing, timeout=180, backend="nccl"):
-        assert graphs == 2
+        assert graphs == (0 if checkpointing == "full" else 2)
         assert replayed == pytest.approx(eager, rel=2e-3)
         assert adapters or eager[-1] < eager[1] - 0.1  # it trains
 

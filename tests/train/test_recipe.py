@@ -63,6 +63,19 @@ def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
     assert recipe.eval.eval_steps is None
 
 
+def test_what_cuda_graphs_cannot_go_with(tmp_path: Path) -> None:
+    path, packed = write(tmp_path, GOOD), "data.packing=true"
+    load_recipe(path, ["train.cuda_graphs=true", packed])
+    for overrides, told in (
+        ([], "set data.packing: true"),
+        ([packed, "train.activation_checkpointing=true"], "activation checkpointing"),
+        ([packed, "distributed.activation_checkpointing=selective"], "activation checkpointing"),
+        ([packed, "distributed.strategy=ddp"], "use fsdp2"),
+    ):
+        (line,) = [line for line in mistakes(path, "train.cuda_graphs=true", *overrides) if "cuda_graphs" in line]
+        assert told in line
+
+
 def test_dumped_recipe_reads_back_equal(tmp_path: Path) -> None:
     recipe, _ = load_recipe(write(tmp_path, GOOD), ["train.learning_rate=3e-6", "lora.r=2"])
     again, _ = load_recipe(write(tmp_path, dump_recipe(recipe)))
