@@ -145,6 +145,10 @@ class GraphedStep:
             return self._run(dict(batch)).detach()
         if self._key is None:
             self._seen[key] += 1
+        if all(parameter.grad is None for parameter, _ in self._grads):
+            # The graph's own gradients take these too, or there would be memory for both.
+            for parameter, grad in self._grads:
+                parameter.grad = grad.zero_()
         with self._on_stream():
             if self._seen[key] == self.warmup and self._key is None:
                 self._room = self._spare_bytes()

@@ -136,6 +136,9 @@ def test_other_shapes_and_constants_run_eagerly_between_replays() -> None:
             model.zero_grad()
             plain.zero_grad()
     assert 0 < step.replays() <= 3
+    model.zero_grad()
+    step({"x": torch.ones(3, 4)})
+    assert model.weight.grad is dict(step._grads)[model.weight]  # no second set of gradients
     before = step.replays()
     model.zero_grad()
     step({"x": torch.ones(5, 4)}, constants=(2,))
