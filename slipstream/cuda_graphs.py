@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from slipstream.parallel.setup import host_group, rank_and_ranks
+
 Batch = Mapping[str, Any]
 # What a rank proposes to do with a batch; see `_agreed`.
 _EAGER, _ASSIGN, _ACCUMULATE = range(3)
@@ -74,8 +76,7 @@ class GraphedStep:
         self._model = model
         cuda = torch.cuda.is_available()
         self._stream = torch.cuda.Stream() if cuda else None
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if several else None
+        self._group = host_group() if rank_and_ranks()[1] > 1 else None
         self._seen: Counter[Hashable] = Counter()
         self._key: Hashable = None
         self._inputs: dict[str, Tensor] = {}
@@ -120,13 +121,12 @@ class GraphedStep:
         return captured.loss.clone()
 
     def _proposed(self, key: Hashable) -> int:
-        if self.reason is not None or key is None or (self._key is not None and key != self._key):
+        if self.reason is not None or key is None:
             return _EAGER
-        if self._key is None and self._seen[key] < self.warmup:
-            return _EAGER
-        if not self._captured:
-            return _ASSIGN if all(parameter.grad is None for parameter in self._model.parameters()) else _EAGER
-        if any(parameter.grad is not None for parameter in self._without):
+        if self._key is None:
+            warm = self._seen[key] >= self.warmup
+            return _ASSIGN if warm and all(p.grad is None for p in self._model.parameters()) else _EAGER
+        if key != self._key or any(parameter.grad is not None for parameter in self._without):
             return _EAGER
         if all(parameter.grad is None for parameter, _ in self._grads):
             return _ASSIGN
@@ -143,14 +143,14 @@ class GraphedStep:
     def _eagerly(self, batch: Batch, key: Hashable) -> Tensor:
         if self.reason is not None or key is None:
             return self._run(dict(batch)).detach()
-        if self._key is None:
+        if self._key is None:  # and stays 0 afterwards
             self._seen[key] += 1
         if all(parameter.grad is None for parameter, _ in self._grads):
             # The graph's own gradients take these too, or there would be memory for both.
             for parameter, grad in self._grads:
                 parameter.grad = grad.zero_()
         with self._on_stream():
-            if self._seen[key] == self.warmup and self._key is None:
+            if self._seen[key] == self.warmup:
                 self._room = self._spare_bytes()
                 with _reads_of_random_state() as reads:
                     loss, places = watch(lambda: self._run_static(dict(batch)))
@@ -161,7 +161,7 @@ class GraphedStep:
             else:
                 loss = self._run(dict(batch))
                 self._most_bytes = max(self._most_bytes, torch.cuda.max_memory_allocated() if self._stream else 0)
-        if self._seen[key] == self.warmup + _PATIENCE and not self._captured:
+        if self._seen[key] == self.warmup + _PATIENCE:
             self._give_up("gradients are there before every forward: set them to None after the optimizer's step")
         return loss.detach()
 
@@ -197,7 +197,7 @@ class GraphedStep:
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if rank_and_ranks()[0] == 0:
             warnings.warn(f"slipstream: steps run without CUDA graphs: {reason}", stacklevel=3)
 
     def _capture(self, action: int, batch: Batch, key: Hashable) -> None:
@@ -220,7 +220,9 @@ class GraphedStep:
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 loss = self._run_static(batch).detach()
         except Exception as error:
-            cause = str(error.__context__ or error).splitlines()[0]  # ending the capture fails as well
+            from slipstream.compilation import first_line  # a rival's environment may have an older Transformers
+
+            cause = first_line(error.__context__ or error)  # ending the capture fails as well
             raise RuntimeError(
                 f"forward and backward could not be captured as a CUDA graph ({cause}); run without: "
                 "train.cuda_graphs: false in a recipe"

@@ -104,6 +104,6 @@ class Job:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Job":
+    def from_json(cls, text: str, kind: type[Options] = Options) -> "Job":
         fields = json.loads(text)
-        return cls(**{**fields, "options": Options(**fields["options"])})
+        return cls(**{**fields, "options": kind(**fields["options"])})

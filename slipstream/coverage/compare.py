@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from slipstream.compilation import first_line
+
 LIMIT = 1e-5  # of the loss and of each gradient, relative
 # Gated delta nets divide small numbers on the CPU: Transformers' own `grouped_mm` is as far from its `eager`.
 NOISY_LIMIT = 1e-4
@@ -42,8 +44,7 @@ class Attempt:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
         if error is not None:
-            lines = str(error).strip().splitlines() or [""]
-            self.error = f"{type(error).__name__}: {lines[0]}"[:200]
+            self.error = first_line(error)[:200]
         return isinstance(error, Exception)
 
 

@@ -37,15 +37,12 @@ def _compile(timed: Timed, workers: int, seconds: float) -> str | None:
 
 def main(arguments: list[str]) -> None:
     """A forward and a backward; no optimizer, so that several models fit beside each other."""
-    import json
-
     from slipstream.bench.contenders import build, resolved_device
     from slipstream.bench.measure import Step, make_batch, token_ids
 
-    fields = json.loads(arguments[0])
-    options = Timed(**fields.pop("options"))
-    device = resolved_device(options)
-    step = Step(build(Job(options, **fields), device, 1), make_batch(options, token_ids(options.config()), device, 0))
+    job = Job.from_json(arguments[0], Timed)
+    options, device = job.options, resolved_device(job.options)
+    step = Step(build(job, device, 1), make_batch(options, token_ids(options.config()), device, 0))
     step.forward()
     step.backward()
 

@@ -9,7 +9,6 @@ arXiv 1909.08053, section 3), among ranks that have tokens of their own.
 Dims: T tokens of this rank, M the most of any rank, P ranks, N = P * M, V words, R of them on this rank, H width.
 """
 
-from datetime import timedelta
 from types import MethodType
 from typing import Any
 
@@ -22,12 +21,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from slipstream.parallel.setup import host_group
+
 # Tokens of a micro-batch that is still usual. All ranks' rows are looked up on each, which is cheaper than to gather
 # the table while they are clearly fewer than its words.
 USUAL_TOKENS = 4096
-
-# For sizes, which the host has to know: world -> a group of it whose collectives are the hosts' own.
-_hosts: dict[ProcessGroup, ProcessGroup] = {}
 
 
 def most_ranks(embedding: Any) -> int:
@@ -43,11 +41,7 @@ def spread(embedding: Any, mesh: DeviceMesh, timeout_minutes: float | None = Non
 
     Its gradient is the mean over the ranks, as FSDP2's are. All ranks call it, and every forward, at the same time.
     """
-    world = dist.group.WORLD
-    assert world is not None
-    if world not in _hosts:
-        timeout = None if timeout_minutes is None else timedelta(minutes=timeout_minutes)
-        _hosts[world] = dist.new_group(backend="gloo", timeout=timeout)
+    host_group(timeout_minutes)
     weight = embedding.weight
     rows = distribute_tensor(weight.data, mesh, [Shard(0)], src_data_rank=None)
     embedding.weight = nn.Parameter(rows, requires_grad=weight.requires_grad)
@@ -105,5 +99,5 @@ class _Lookup(torch.autograd.Function):
 def _most_tokens(tokens: int) -> int:
     """The most tokens that any rank of the job has; a few hundred microseconds of the hosts."""
     most = torch.tensor(tokens, device="cpu")
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=_hosts[dist.group.WORLD])  # type: ignore[index]
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=host_group())
     return max(1, int(most))

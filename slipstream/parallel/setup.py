@@ -181,6 +181,21 @@ def join_process_group(setup: DistributedSetup) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
 
 
+_hosts: dict[Any, Any] = {}  # the default process group -> its `host_group`
+
+
+def host_group(timeout_minutes: float | None = None) -> Any:
+    """A group of all ranks whose collectives are the hosts' own, on CPU tensors; made by the first call, which all
+    ranks make together and whose timeout it keeps."""
+    import torch.distributed as dist
+
+    world = dist.group.WORLD
+    if world not in _hosts:
+        timeout = None if timeout_minutes is None else timedelta(minutes=timeout_minutes)
+        _hosts[world] = dist.new_group(backend="gloo", timeout=timeout)
+    return _hosts[world]
+
+
 def rank_and_ranks() -> tuple[int, int]:
     """This rank and the number of them; (0, 1) without a process group."""
     import torch.distributed as dist

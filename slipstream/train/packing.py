@@ -3,6 +3,7 @@
 Dims: B packed rows of a batch, S `max_length`, T = B * S, N documents.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -113,6 +114,21 @@ class Collator(DataCollatorForLanguageModeling):
             "max_length_k": longest,
             TOKENS: len(ids),
         }
+
+
+def make_collator(tokenizer: PreTrainedTokenizerBase, max_length: int, one_shape_of: float = 0.0) -> Collator:
+    """The collator of a run with that tokenizer.
+
+    Args:
+        one_shape_of: where it is not 0, packed batches have one shape in all they hold, with room for 1.5 times as many
+            documents a row as there are of this many tokens.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return Collator(
+        pad_token_id=next((i for i in ids if i is not None), 0),
+        max_length=max_length,
+        documents_per_row=math.ceil(1.5 * max_length / one_shape_of) if one_shape_of else 0,
+    )
 
 
 def count_tokens(batch: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,7 @@ from slipstream.parallel.clip import divisor, total_grad_norm
 from slipstream.train.formats import IGNORE
 from slipstream.train.guards import BadStepError, StepGuard
 from slipstream.train.late import Clock, LateLog, Later, LateVerdict, Snapshot
-from slipstream.train.packing import Collator, count_tokens
+from slipstream.train.packing import count_tokens, make_collator
 from slipstream.train.routers import ROUTER_NORM, Routers
 from slipstream.train.throughput import GIB, flops_per_token, mfu, peak_memory_gib
 
@@ -35,7 +34,6 @@ TRAINER_STATE = "trainer_state.json"
 # What TRL and Transformers set on a model's config for the time of training.
 CHANGED_KEYS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 _ITEMS = "num_items_in_batch"
-_DOCUMENTS = 1.5  # of a row that CUDA graphs have room for, over the mean
 
 
 class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_trainer.LogHook, SFTTrainer):
@@ -100,15 +98,10 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
             )
         check_routers(model, freeze_router, router_bias_update_rate)
         own_forward = model.__dict__.get("forward")
-        pad, eos = processing_class.pad_token_id, processing_class.eos_token_id
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(
-                pad_token_id=next((i for i in (pad, eos) if i is not None), 0),
-                max_length=max_length,
-                documents_per_row=math.ceil(_DOCUMENTS * max_length / row_length) if cuda_graphs and row_length else 0,
-            ),
+            data_collator=make_collator(processing_class, max_length, row_length if cuda_graphs else 0.0),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -125,13 +118,16 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
             setattr(owner, key, value)
         self._router_kwarg = hasattr(config, "output_router_logits")
         self.z_loss = z_loss
-        self.tokens, self.seconds, self._counted_to, self._trained_per_row = 0, 0.0, 0.0, 0.0
+        self.tokens, self.seconds = 0, 0.0
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
         self._clock: Clock | None = None
-        self.checkpointer, self.run_info = checkpointer, dict[str, Any]()
+        self._counted_to = 0.0
+        self._trained_per_row = 0.0
+        self.checkpointer = checkpointer
+        self.run_info: dict[str, Any] = {}
         self._resumed: Resumed | None = None
-        self.guard = guard
         assert self.model is not None
+        self.guard = guard
         self.routers = Routers(self.model, args.device, freeze_router, router_bias_update_rate)
         self._row_length = row_length
         self._flops: float | None = None
@@ -189,7 +185,8 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self._clock is None:
-            self._clock, self._counted_to = Clock(self.args.device), time.perf_counter()
+            self._clock = Clock(self.args.device)
+            self._counted_to = time.perf_counter()
         if self.guard is not None:
             if self.guard.at_first_batch:
                 self._before_step = Snapshot(self)
