@@ -14,7 +14,7 @@ from slipstream.checkpoint.export import install_save
 from slipstream.compilation import compile_layers, why_not_compiled
 from slipstream.description import MARK, Acceleration, Choice, acceleration_of, unwrap
 from slipstream.loss import defer_logits, why_not_deferred
-from slipstream.moe import dispatch, experts, foreign
+from slipstream.moe import dispatch, experts, foreign, grouped_projections
 from slipstream.parallel.activations import checkpoint_activations
 from slipstream.parallel.setup import DistributedSetup
 from slipstream.parallel.shard import average_whole
@@ -98,6 +98,8 @@ def _experts(model: PreTrainedModel, backend: BackendConfig) -> Choice:
             raise ValueError(
                 f"BackendConfig(experts={backend.experts!r}, gate={backend.gate!r}): {why}; use experts='auto'"
             )
+        if backend.experts == "auto" and (found := grouped_projections.adapt(model)):
+            return Choice("experts", "grouped_mm", f"{found} sets of projections; {why}")
         return Choice("experts", "transformers", why)
     if backend.experts == "transformers":
         return Choice("experts", hf.experts_implementation(model), "asked for")

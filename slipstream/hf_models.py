@@ -30,6 +30,7 @@ from slipstream.parallel.units import class_of
 
 # Classes of experts modules that Transformers calls in ways of their own; see `moe.foreign`.
 LLAMA4_EXPERTS, DBRX_EXPERTS, LONGCAT_EXPERTS = "Llama4TextExperts", "DbrxExperts", "LongcatFlashExperts"
+JETMOE_EXPERTS, JETMOE_ROUTER = "JetMoeParallelExperts", "JetMoeTopKGating"  # see `moe.grouped_projections`
 _IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # from_pretrained reads no tensor in advance
 MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
 SELECTIVE_SCAN = "mamba_selective_scan"  # in those with Mamba1 layers, which tell it nothing of documents
@@ -196,8 +197,8 @@ SCANS = (MAMBA_SCAN, "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention
 CONVOLUTION = "causal_conv1d_fn"
 _BESIDE = (CONVOLUTION, "mamba2_split_conv1d_scan_combined")
 # Other scans that loop over chunks or tokens in Python: such functions, and modules that have the loop in a method.
+# JetMoe's split by sizes on the host, which are others in every step.
 _LOOPS = ("rwkv_linear_attention",)
-# JetMoe's count the tokens of each expert on the host and split by them: other sizes in every step.
 _LOOPING_MODULES = ("MiniMaxLightningAttention", "RecurrentGemmaRglru", "JetMoeAttention", "JetMoeMoE")
 _ORIGINAL = "slipstream_original"
 
@@ -243,15 +244,19 @@ def recurrent_functions(model: Any) -> dict[str, Any]:
 
 
 def loops(model: Any) -> list[str]:
-    """The functions of the modelling file of `model` whose scans are loops in Python, but those of
-    `recurrent_functions`."""
+    """The functions of `model`'s modelling file whose scans are loops in Python, but for `recurrent_functions`."""
     module = vars(sys.modules[class_of(model).__module__])
     return [name for name in _LOOPS if name in module and not runs_package(module[name])]
 
 
 def looping_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules in `model` whose forward has such a loop in it."""
-    return [module for module in model.modules() if class_of(module).__name__ in _LOOPING_MODULES]
+    """The modules in `model` whose forward has such a loop in it, still."""
+    named = [module for module in model.modules() if class_of(module).__name__ in _LOOPING_MODULES]
+    return [module for module in named if not any(map(_is_grouped, module.modules()))]
+
+
+def _is_grouped(module: nn.Module) -> bool:
+    return class_of(module).__name__ == JETMOE_ROUTER and "forward" in vars(module)
 
 
 def replace_recurrent(model: Any, replacements: dict[str, Callable[..., Any]]) -> None:

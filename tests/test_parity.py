@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 import slipstream
-from slipstream import hf
+from slipstream import hf, hf_models
 from slipstream.loss import DeferredLogits
 from tests.tiny_models import moe_architectures, tiny_batch, tiny_model
 
@@ -98,8 +98,35 @@ def test_adapted_architectures(model_type: str, changes: dict[str, int]) -> None
     assert slipstream.describe(slow)["experts"].chosen == "transformers"
 
 
-@pytest.mark.parametrize("model_type", OUTSIDE)
-def test_architectures_outside_the_interface(model_type: str) -> None:
+@pytest.mark.parametrize(("model_type", "experts"), [("jetmoe", "grouped_mm"), ("doge", "transformers")])
+def test_architectures_outside_the_interface(model_type: str, experts: str) -> None:
     report = slipstream.describe(compare(model_type, floor=1.0))
-    assert (report["experts"].chosen, report["loss"].chosen) == ("transformers", "fused")
+    assert (report["experts"].chosen, report["loss"].chosen) == (experts, "fused")
     assert "interface" in report["experts"].why
+
+
+def test_grouped_projections() -> None:
+    """Experts without tokens, widths that `grouped_mm` does not take, copies, and Transformers' own if asked for."""
+    reference = tiny_model("jetmoe", None, intermediate_size=50)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if name.endswith("router.layer.weight"):
+                parameter[1:] = -parameter[0]  # the first expert gets a choice of each token, or none
+    ours = slipstream.accelerate(copy.deepcopy(reference))
+    (_, expected), (_, found) = backward(reference), backward(ours)
+    weights = [name for name in expected if name.endswith("linear.weight")]
+    assert any(not expected[name][expert].any() for name in weights for expert in range(expected[name].shape[0]))
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
+    assert list(ours.state_dict()) == list(reference.state_dict())
+    ids = tiny_batch()
+    copied = copy.deepcopy(ours)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert ours(input_ids=ids).logits.any()
+        assert not copied(input_ids=ids).logits.any()
+    slow = slipstream.accelerate(tiny_model("jetmoe", None), backend={"experts": "transformers"})
+    assert slipstream.describe(slow)["experts"].chosen == "transformers"
+    assert hf_models.looping_modules(slow)
+    assert not hf_models.looping_modules(ours)
