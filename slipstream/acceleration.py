@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from slipstream import adapters, fp8, hf, linear_fp8
+from slipstream.attention import block_selection
 from slipstream.attention import interface as attention
 from slipstream.backend import BackendConfig
 from slipstream.checkpoint.export import install_save
@@ -155,6 +157,13 @@ def choose_dispatcher(backend: BackendConfig, setup: DistributedSetup) -> Choice
 
 
 def _attention(model: PreTrainedModel, backend: BackendConfig) -> Choice:
+    choice = _attention_function(model, backend)
+    if not block_selection.install(model):
+        return choice
+    return replace(choice, why=f"{choice.why}; its indexers select blocks for all queries at once")
+
+
+def _attention_function(model: PreTrainedModel, backend: BackendConfig) -> Choice:
     chosen = hf.attention_implementation(model)
     obstacle = attention.obstacle(model)
     if backend.attn == attention.NAME and obstacle is not None:

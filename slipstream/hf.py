@@ -1,7 +1,7 @@
 """Every touch of a part of Transformers that is not public API, in one place.
 
-Checked against Transformers 5.23.0; `hf_models.py` has what depends on single architectures, `hf_trainer.py` what
-`Trainer` keeps to itself.
+Checked against Transformers 5.23.0; `hf_models.py` has what depends on single architectures, `hf_recurrent.py` what
+concerns layers that mix tokens by something else than attention, `hf_trainer.py` what `Trainer` keeps to itself.
 Each name used here has a test in tests/test_hf.py that fails when upstream moves it.
 """
 

@@ -1,4 +1,4 @@
-"""The rest of `hf.py`: touches of private parts of Transformers that concern single architectures and kinds of layers.
+"""The rest of `hf.py`: touches of private parts of Transformers that concern single architectures.
 
 Checked against Transformers 5.23.0, each with a test in tests/test_hf_models.py.
 """
@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,10 +30,9 @@ from slipstream.parallel.units import class_of
 
 # Classes of experts modules that Transformers calls in ways of their own; see `moe.foreign`.
 LLAMA4_EXPERTS, DBRX_EXPERTS, LONGCAT_EXPERTS = "Llama4TextExperts", "DbrxExperts", "LongcatFlashExperts"
-JETMOE_EXPERTS, JETMOE_ROUTER = "JetMoeParallelExperts", "JetMoeTopKGating"  # see `moe.grouped_projections`
+QSA_INDEXER = "Qwen4ExpTextQSAIndexer"  # see `attention.block_selection`
+_ORIGINAL = "slipstream_original"
 _IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # from_pretrained reads no tensor in advance
-MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
-SELECTIVE_SCAN = "mamba_selective_scan"  # in those with Mamba1 layers, which tell it nothing of documents
 
 
 def takes_positions(config: PretrainedConfig) -> bool:
@@ -178,6 +177,11 @@ def rotary_embedding(model: Any, hidden_BSH: torch.Tensor, positions_BS: torch.T
     return model.get_decoder().rotary_emb(hidden_BSH, position_ids=positions_BS)
 
 
+def rotary_function(module: nn.Module) -> Any:
+    """What the modelling file of `module` rotates queries and keys by."""
+    return vars(sys.modules[class_of(module).__module__])["apply_rotary_pos_emb"]
+
+
 def causal_mask(model: Any, hidden_BSH: torch.Tensor, mask: torch.Tensor | None, positions_BS: torch.Tensor) -> Any:
     """What the decoder of `model` gives its layers with full attention as `attention_mask`."""
     return create_causal_mask(
@@ -186,121 +190,20 @@ def causal_mask(model: Any, hidden_BSH: torch.Tensor, mask: torch.Tensor | None,
     )  # fmt: skip
 
 
-# Kinds of layers that mix tokens by plain attention, and those that mix none.
-_PLAIN = {
-    "full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid_attention",
-    "moe", "mlp", "dense", "sparse",
-}  # fmt: skip
-# The functions of a modelling file that its recurrent layers call, each a kernel's where a package has it: the scans,
-# and what comes before or beside them.
-SCANS = (MAMBA_SCAN, "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
-CONVOLUTION = "causal_conv1d_fn"
-_BESIDE = (CONVOLUTION, "mamba2_split_conv1d_scan_combined")
-# Other scans that loop over chunks or tokens in Python: such functions, and modules that have the loop in a method.
-# JetMoe's split by sizes on the host, which are others in every step.
-_LOOPS = ("rwkv_linear_attention",)
-_LOOPING_MODULES = ("MiniMaxLightningAttention", "RecurrentGemmaRglru", "JetMoeAttention", "JetMoeMoE")
-_ORIGINAL = "slipstream_original"
-
-
-@contextmanager
-def scanning_by(model: Any, scans: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    """Let the layers of `model` call these `scans`, by the names of those that they stand for, and leave all other
-    optional packages (mamba_ssm, causal_conv1d, fla) aside for Transformers' own PyTorch: their kernels take no fake
-    tensors.
-
-    Mamba2's is called as `mamba_chunk_scan_combined(x [B, S, H, D], dt, A, B, C, …)`, Mamba1's as
-    `selective_scan_fn(x [B, D, S], dt, A, B, C, …)`.
-    """
-    module = vars(sys.modules[class_of(model).__module__])
-    # What `use_kernel_func_from_hub_with_fallback` made: the reference is inside.
-    before = {name: value for name, value in module.items() if "torch_function" in _inside(_original(value))}
-    for name, value in before.items():
-        module[name] = scans.get(name, _original(value).__wrapped__)
-    try:
-        yield
-    finally:
-        module.update(before)
-
-
-def _original(function: Any) -> Any:
+def unreplaced(function: Any) -> Any:
+    """What `replaced` made `function` from, or `function` itself."""
     return getattr(function, _ORIGINAL, function)
 
 
-def _inside(function: Any) -> tuple[str, ...]:
-    """The names that a function closes over."""
-    return getattr(getattr(function, "__code__", None), "co_freevars", ())
+def replaced(original: Any, replacement: Callable[..., Any]) -> Any:
+    """`replacement(original, *args, **kwargs)` under the name and signature of `original`."""
 
-
-def runs_package(function: Any) -> bool:
-    """Whether one of those functions runs an optional package's kernel instead of Transformers' PyTorch."""
-    return bool(inspect.getclosurevars(_original(function)).nonlocals.get("is_new_implementation"))
-
-
-def recurrent_functions(model: Any) -> dict[str, Any]:
-    """Those functions of the modelling file of `model`, by name."""
-    module = vars(sys.modules[class_of(model).__module__])
-    return {name: _original(module[name]) for name in (*SCANS, SELECTIVE_SCAN, *_BESIDE) if name in module}
-
-
-def loops(model: Any) -> list[str]:
-    """The functions of `model`'s modelling file whose scans are loops in Python, but for `recurrent_functions`."""
-    module = vars(sys.modules[class_of(model).__module__])
-    return [name for name in _LOOPS if name in module and not runs_package(module[name])]
-
-
-def looping_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules in `model` whose forward has such a loop in it, still."""
-    named = [module for module in model.modules() if class_of(module).__name__ in _LOOPING_MODULES]
-    return [module for module in named if not any(map(_is_grouped, module.modules()))]
-
-
-def _is_grouped(module: nn.Module) -> bool:
-    return class_of(module).__name__ == JETMOE_ROUTER and "forward" in vars(module)
-
-
-def replace_recurrent(model: Any, replacements: dict[str, Callable[..., Any]]) -> None:
-    """Let the modelling file of `model` call `replacement(original, *args, **kwargs)` in the place of each."""
-    module = vars(sys.modules[class_of(model).__module__])
-    for name, replacement in replacements.items():
-        module[name] = _replaced(_original(module[name]), replacement)
-
-
-def _replaced(original: Any, replacement: Callable[..., Any]) -> Any:
     @functools.wraps(original)
     def replaced(*args: Any, **kwargs: Any) -> Any:
         return replacement(original, *args, **kwargs)
 
     setattr(replaced, _ORIGINAL, original)
     return replaced
-
-
-def beside_attention(config: PretrainedConfig) -> list[str]:
-    """The kinds of layers, by the config's names, that mix tokens by something else than plain causal attention."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
-    return sorted(set(kinds) - _PLAIN)
-
-
-def calls_any(config: PretrainedConfig, functions: Iterable[str]) -> bool:
-    """Whether the architecture's modelling file has one of those functions, which `recurrent_functions` knows."""
-    model_class = causal_lm_class(config)
-    return model_class is not None and any(name in vars(sys.modules[model_class.__module__]) for name in functions)
-
-
-def set_time_step_limit(module: Any) -> None:
-    """Let a Mamba2 layer clamp its steps as its config says: Nemotron-H's in 5.23 clamps them to `time_step_min`
-    (transformers#48989)."""
-    limit = getattr(getattr(module, "config", None), "time_step_limit", None)
-    if hasattr(module, "time_step_limit") and limit is not None:
-        module.time_step_limit = tuple(map(float, limit))
-
-
-def ask_for_scan(module: Any, name: str) -> None:
-    """Let a Mamba1 layer hand `name` to its selective scan, as `use_associative_scan`: it hands on nothing else that
-    says whose layer it is."""
-    if hasattr(module, "use_associative_scan"):
-        module.use_associative_scan = name
 
 
 _RECORDED = "_slipstream_recorded"
@@ -363,7 +266,7 @@ def _without_recorded() -> Callable[..., None]:
         if not _is_recorded(module, key):
             original(module, key, *args, **kwargs)
 
-    return _replaced(original, install)  # type: ignore[no-any-return]
+    return replaced(original, install)  # type: ignore[no-any-return]
 
 
 def _is_recorded(module: nn.Module, key: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 import slipstream
-from slipstream import hf, hf_models
+from slipstream import hf, hf_recurrent
 from slipstream.loss import DeferredLogits
 from tests.tiny_models import moe_architectures, tiny_batch, tiny_model
 
@@ -128,5 +128,5 @@ def test_grouped_projections() -> None:
         assert not copied(input_ids=ids).logits.any()
     slow = slipstream.accelerate(tiny_model("jetmoe", None), backend={"experts": "transformers"})
     assert slipstream.describe(slow)["experts"].chosen == "transformers"
-    assert hf_models.looping_modules(slow)
-    assert not hf_models.looping_modules(ours)
+    assert hf_recurrent.looping_modules(slow)
+    assert not hf_recurrent.looping_modules(ours)

@@ -15,7 +15,7 @@ from slipstream.coverage.checks import Row, time_limit
 from slipstream.coverage.compare import Attempt
 from slipstream.coverage.shapes import in_words, timed_config
 from slipstream.coverage.tiny import tiny_config
-from slipstream.hf_models import beside_attention
+from slipstream.hf_recurrent import beside_attention
 from slipstream.planning.flops import count_parameters, forward_flops
 from slipstream.planning.gpus import find_gpu
 from slipstream.planning.speed import least_ms

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slipstream import hf_models
+from slipstream import hf_recurrent
 from slipstream.moe.grouped_mm import grouped_mm, weight_grad
 from slipstream.numerics import compute_dtype
 from slipstream.parallel.units import class_of
@@ -23,10 +23,10 @@ def adapt(model: nn.Module) -> int:
     """Change the mixtures of `model` in place; returns how many sets of projections they have."""
     found = 0
     for module in model.modules():
-        if class_of(module).__name__ == hf_models.JETMOE_EXPERTS:
+        if class_of(module).__name__ == hf_recurrent.JETMOE_EXPERTS:
             module.forward = MethodType(_project, module)
             found += 1
-        elif class_of(module).__name__ == hf_models.JETMOE_ROUTER:
+        elif class_of(module).__name__ == hf_recurrent.JETMOE_ROUTER:
             module.forward = MethodType(_route, module)
     return found
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import slipstream.moe.experts  # noqa: F401  (registers the expert path)
-from slipstream import hf, hf_models
+from slipstream import hf, hf_recurrent
 from slipstream.moe.activation import activation_name
 from slipstream.parallel.embedding import most_ranks
 from slipstream.planning.flops import meta_model, top_k
@@ -139,7 +139,7 @@ def model_shape(config: PretrainedConfig, seq_len: int) -> Shape:
         trace = _Trace(model.parameters(), watched.values())
         ids = torch.zeros(1, seq_len, dtype=torch.long)
         saving = torch.autograd.graph.saved_tensors_hooks(trace.save, lambda saved: saved)
-        with hf_models.scanning_by(model, _SCANS), trace, saving:
+        with hf_recurrent.scanning_by(model, _SCANS), trace, saving:
             model.get_decoder()(input_ids=ids, use_cache=False)
     by_kind = {kind: _layer(entry, trace, seq_len, config) for kind, entry in watched.items()}
     found = tuple(by_kind[kind] for kind in kinds)
@@ -341,6 +341,6 @@ def _scan(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *a
     return (out, None) if kwargs.get("return_final_states") else out
 
 
-_SCANS: dict[str, Any] = {hf_models.MAMBA_SCAN: _scan, hf_models.SELECTIVE_SCAN: channels_first}
+_SCANS: dict[str, Any] = {hf_recurrent.MAMBA_SCAN: _scan, hf_recurrent.SELECTIVE_SCAN: channels_first}
 _ATTENTION = "slipstream_planned"
 hf.register_attention(_ATTENTION, _attention, lambda *args, **kwargs: None)

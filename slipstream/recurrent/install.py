@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slipstream import hf_models
+from slipstream import hf_recurrent
 from slipstream.attention.causal import documents
 from slipstream.attention.interface import known_rows
 from slipstream.attention.rows import rows_of
@@ -37,33 +37,33 @@ def install(model: Any) -> tuple[str, str] | None:
     """Let the Mamba layers, Gated DeltaNet and short convolutions of `model` use ours, in place; says what runs (a
     package's "kernels", our own in "triton", plain "torch", or "compiled" where there is no scan), and what becomes of
     documents; None where Transformers' loops run."""
-    loops, looping = hf_models.loops(model), hf_models.looping_modules(model)
-    hf_models.replace_recurrent(model, dict.fromkeys(loops, _outside))
+    loops, looping = hf_recurrent.loops(model), hf_recurrent.looping_modules(model)
+    hf_recurrent.replace_recurrent(model, dict.fromkeys(loops, _outside))
     for module in looping:
         module.forward = MethodType(forward, module)  # named so: survives deepcopy and pickle
-    functions = hf_models.recurrent_functions(model)
-    fast = [name for name, function in functions.items() if hf_models.runs_package(function)]
-    hf_models.replace_recurrent(model, {name: _REPLACEMENTS[name] for name in functions if name not in fast})
+    functions = hf_recurrent.recurrent_functions(model)
+    fast = [name for name, function in functions.items() if hf_recurrent.runs_package(function)]
+    hf_recurrent.replace_recurrent(model, {name: _REPLACEMENTS[name] for name in functions if name not in fast})
     of_fla = [name for name in fast if _REPLACEMENTS[name] is _gated_delta]
-    hf_models.replace_recurrent(model, dict.fromkeys(of_fla, _package_delta))
+    hf_recurrent.replace_recurrent(model, dict.fromkeys(of_fla, _package_delta))
     if not functions or loops or looping:
         return None
     has_kernels = HAS_TRITON and torch.cuda.is_available()
-    if hf_models.SELECTIVE_SCAN in functions:
+    if hf_recurrent.SELECTIVE_SCAN in functions:
         for module in model.modules():
-            hf_models.ask_for_scan(module, OURS)
-        if hf_models.SELECTIVE_SCAN in fast:
+            hf_recurrent.ask_for_scan(module, OURS)
+        if hf_recurrent.SELECTIVE_SCAN in fast:
             return "kernels", _ALONG
         return ("triton", _ALONG) if has_kernels else None
     for module in model.modules():
-        hf_models.set_time_step_limit(module)
+        hf_recurrent.set_time_step_limit(module)
     model.get_decoder().register_forward_pre_hook(partial(_tell, bool(of_fla)), with_kwargs=True)
-    scans = [name for name in functions if name in hf_models.SCANS]
+    scans = [name for name in functions if name in hf_recurrent.SCANS]
     if set(scans or functions) <= set(fast):
         return "kernels", _APART
     if not scans:
         return "compiled", _APART
-    ours = hf_models.MAMBA_SCAN in functions and hf_models.MAMBA_SCAN not in fast
+    ours = hf_recurrent.MAMBA_SCAN in functions and hf_recurrent.MAMBA_SCAN not in fast
     return "triton" if ours and has_kernels else "torch", _APART
 
 

@@ -15,14 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from slipstream import hf_models
+from slipstream import hf_models, hf_recurrent
 from slipstream.train.formats import IGNORE
 
 LENGTHS = "seq_lengths"  # TRL's name for the lengths of the documents of a packed row
 TOKENS = "num_tokens"  # of a packed batch, without the space left over; `count_tokens` takes it out
 PACKED_AT_ONCE = 10_000  # rows
 # Layers whose state begins anew with each document, where they call a function that `slipstream.recurrent` knows.
-RESETTING = {"linear_attention": hf_models.SCANS, "mamba": hf_models.SCANS, "conv": (hf_models.CONVOLUTION,)}
+RESETTING = {"linear_attention": hf_recurrent.SCANS, "mamba": hf_recurrent.SCANS, "conv": (hf_recurrent.CONVOLUTION,)}
 RECURRENT = ("rwkv", "xlstm")  # they name no kinds of layers
 # Their models take position_ids and yet attend across documents, or count positions in a way of their own; found by
 # `slipstream coverage`.
@@ -42,7 +42,7 @@ def pack(rows: Dataset | IterableDataset, max_length: int) -> Dataset | Iterable
 def check_packing(config: PreTrainedConfig) -> None:
     """Raises: ValueError where documents would leak into each other: layers with a state that runs along the row."""
     text = config.get_text_config()
-    kinds = ["recurrent"] if text.model_type in RECURRENT else hf_models.beside_attention(config)
+    kinds = ["recurrent"] if text.model_type in RECURRENT else hf_recurrent.beside_attention(config)
     if not hf_models.takes_positions(config):
         raise ValueError(
             f"data.packing: {text.model_type} takes no position_ids, which say where documents begin; set "
@@ -52,7 +52,7 @@ def check_packing(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"data.packing: {text.model_type} does not keep the documents of a row apart; set data.packing: false"
         )
-    resetting = [kind for kind, functions in RESETTING.items() if hf_models.calls_any(config, functions)]
+    resetting = [kind for kind, functions in RESETTING.items() if hf_recurrent.calls_any(config, functions)]
     leaky = [kind for kind in kinds if kind not in resetting]
     if leaky:
         raise ValueError(

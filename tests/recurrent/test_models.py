@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import slipstream
-from slipstream import hf_models
+from slipstream import hf_recurrent
 from slipstream.compilation import compile_layers
 from slipstream.coverage.checks import packed_batch
 from tests.distributed.harness import run_ranks
@@ -106,7 +106,7 @@ def test_plain_transformers_stays_as_it_is() -> None:
 
 
 def _as_fla_has_it(original: Any, told: list[Any]) -> Any:
-    """A scan that `hf_models.runs_package` takes for a package's, with fla's way to be told of documents: one row."""
+    """What `hf_recurrent.runs_package` takes for a package's, with fla's way to be told of documents: one row."""
     is_new_implementation = True
 
     def scan(
@@ -147,7 +147,7 @@ def test_a_package_is_told_where_documents_begin(
         rows = {key: value for key, value in one.items() if key != "position_ids"}
     model = slipstream.accelerate(copy.deepcopy(plain), backend={"attn": "slipstream"})
     expected = _gradients(model, rows, rows["input_ids"])
-    original = hf_models.recurrent_functions(plain)[name]
+    original = hf_recurrent.recurrent_functions(plain)[name]
     monkeypatch.setitem(vars(sys.modules[type(plain).__module__]), name, _as_fla_has_it(original, told))
     model = slipstream.accelerate(plain, backend={"attn": "slipstream"})
     assert slipstream.describe(model)["recurrent"].chosen == "kernels"  # our convolution beside them
@@ -167,7 +167,7 @@ def test_steps_are_clamped_as_the_config_says() -> None:
     model = slipstream.accelerate(copy.deepcopy(plain))
     limits = {module.time_step_limit for module in model.modules() if hasattr(module, "time_step_limit")}
     assert limits == {tuple(model.config.time_step_limit)} == {(0.0, float("inf"))}
-    assert not any(map(hf_models.runs_package, hf_models.recurrent_functions(model).values()))
+    assert not any(map(hf_recurrent.runs_package, hf_recurrent.recurrent_functions(model).values()))
 
 
 @pytest.mark.parametrize(("model_type", "packed"), [("nemotron_h", True), ("lfm2_moe", False), ("jetmoe", True)])
