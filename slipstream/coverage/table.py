@@ -25,8 +25,8 @@ Every causal-LM architecture of Transformers {transformers}, as `slipstream cove
   `slipstream coverage --speed` at the shapes of the architecture's default config, fewer layers and experts where one
   GPU has no room for them. A row below {aim} says why: what GEMMs, attention and AdamW alone, at the rates of
   [planning](planning.md), would leave as the most that any kernel around them could gain, or which layers mix tokens by
-  something for which that is not counted. Indexed and compressed attention is Transformers' PyTorch code on both sides, but
-  for Qwen4-Exp's indexer.
+  something for which that is not counted. Indexed and compressed attention is Transformers' PyTorch code on both sides,
+  but for Qwen4-Exp's indexer.
 """
 
 
