@@ -177,15 +177,20 @@ def rotary_embedding(model: Any, hidden_BSH: torch.Tensor, positions_BS: torch.T
     return model.get_decoder().rotary_emb(hidden_BSH, position_ids=positions_BS)
 
 
+def modelling_file(module: nn.Module) -> dict[str, Any]:
+    """What stands in the file of the class of `module`, by name; to be changed where it is looked up at every call."""
+    return vars(sys.modules[class_of(module).__module__])
+
+
 def rotary_function(module: nn.Module) -> Any:
     """What the modelling file of `module` rotates queries and keys by."""
-    return vars(sys.modules[class_of(module).__module__])["apply_rotary_pos_emb"]
+    return modelling_file(module)["apply_rotary_pos_emb"]
 
 
 def replace_equal(model: Any, name: str, function: Callable[..., Any], examples: list[tuple[Any, ...]]) -> bool:
     """Put `function` in the place of the one called `name` in the modelling file of `model`; whether there is one with
     the same parameters that returns exactly the same tensors for those of these `examples` that it takes."""
-    module = vars(sys.modules[class_of(model).__module__])
+    module = modelling_file(model)
     original = unreplaced(module.get(name))
     if original is None or _parameters(original) != _parameters(function):
         return False

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from slipstream.hf_models import causal_lm_class, replaced, unreplaced
+from slipstream.hf_models import causal_lm_class, modelling_file, replaced, unreplaced
 from slipstream.parallel.units import class_of
 
 MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
@@ -43,7 +43,7 @@ def scanning_by(model: Any, scans: dict[str, Callable[..., Any]]) -> Iterator[No
     Mamba2's is called as `mamba_chunk_scan_combined(x [B, S, H, D], dt, A, B, C, …)`, Mamba1's as
     `selective_scan_fn(x [B, D, S], dt, A, B, C, …)`.
     """
-    module = vars(sys.modules[class_of(model).__module__])
+    module = modelling_file(model)
     # What `use_kernel_func_from_hub_with_fallback` made: the reference is inside.
     before = {name: value for name, value in module.items() if "torch_function" in _inside(unreplaced(value))}
     for name, value in before.items():
@@ -66,13 +66,13 @@ def runs_package(function: Any) -> bool:
 
 def recurrent_functions(model: Any) -> dict[str, Any]:
     """Those functions of the modelling file of `model`, by name."""
-    module = vars(sys.modules[class_of(model).__module__])
+    module = modelling_file(model)
     return {name: unreplaced(module[name]) for name in (*SCANS, SELECTIVE_SCAN, *_BESIDE) if name in module}
 
 
 def loops(model: Any) -> list[str]:
     """The functions of `model`'s modelling file whose scans are loops in Python, but for `recurrent_functions`."""
-    module = vars(sys.modules[class_of(model).__module__])
+    module = modelling_file(model)
     return [name for name in _LOOPS if name in module and not runs_package(module[name])]
 
 
@@ -88,7 +88,7 @@ def _is_grouped(module: nn.Module) -> bool:
 
 def replace_recurrent(model: Any, replacements: dict[str, Callable[..., Any]]) -> None:
     """Let the modelling file of `model` call `replacement(original, *args, **kwargs)` in the place of each."""
-    module = vars(sys.modules[class_of(model).__module__])
+    module = modelling_file(model)
     for name, replacement in replacements.items():
         module[name] = replaced(unreplaced(module[name]), replacement)
 

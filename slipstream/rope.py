@@ -20,8 +20,10 @@ from slipstream import hf_models
 def install(model: Any) -> None:
     """Let the modelling file of `model` rotate by the functions below where they return just what its own do."""
     for name, (candidates, arguments) in _FUNCTIONS.items():
+        with torch.device("cpu"):  # models are made on others, meta too
+            examples = arguments()
         for candidate in candidates:
-            if hf_models.replace_equal(model, name, candidate, arguments()):
+            if hf_models.replace_equal(model, name, candidate, examples):
                 break
 
 
@@ -80,11 +82,9 @@ def _of_all() -> list[tuple[Any, ...]]:
     """Whole and part of a head, of one dtype and of two, and either order of heads and tokens."""
     found: list[tuple[Any, ...]] = []
     for width, angles_dtype, dim in ((8, torch.bfloat16, 1), (8, torch.float32, 2), (4, torch.float32, 1)):
-        angles = (
-            torch.arange(4.0 * width).view(1, 4, width) if dim == 1 else torch.arange(3.0 * width).view(1, 3, width)
-        )
-        heads = _heads().bfloat16()
-        found.append((heads, heads[:, :1] if dim == 1 else heads[:, :, :1], *_cos_sin(angles, angles_dtype), dim))
+        queries = _heads().bfloat16() if dim == 1 else _heads().bfloat16().transpose(1, 2)
+        angles = torch.arange(4.0 * width).view(1, 4, width)
+        found.append((queries, queries.narrow(dim, 0, 1), *_cos_sin(angles, angles_dtype), dim))
     return found
 
 

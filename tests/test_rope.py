@@ -134,3 +134,11 @@ def test_only_where_layers_compile() -> None:
     again = module["rotate_half"]
     slipstream.accelerate(tiny_model("llama"), backend={"compile": "layers"})
     assert hf_models.unreplaced(module["rotate_half"]) is hf_models.unreplaced(again)  # once, not around itself
+
+
+def test_a_model_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = slipstream.accelerate(tiny_model("llama"), backend={"compile": "layers"})
+    assert next(iter(model.parameters())).is_meta
+    module = vars(sys.modules[type(model).__module__])
+    assert hf_models.unreplaced(module["rotate_half"]) is not module["rotate_half"]

@@ -35,9 +35,8 @@ def forward(self: Any, hidden_BSH: Tensor, position_embeddings: Any, attention_m
     ones and padding, go Transformers' way."""
     visible_BSS = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
     visible_BSS = visible_BSS[:, 0]
-    if cache is not None or not torch.equal(
-        visible_BSS, (visible_BSS.any(1, keepdim=True)).expand_as(visible_BSS).tril()
-    ):
+    by_position_BSS = visible_BSS.any(1, keepdim=True).expand_as(visible_BSS).tril()
+    if cache is not None or not torch.equal(visible_BSS, by_position_BSS):
         return type(self).forward(self, hidden_BSH, position_embeddings, attention_mask, cache)
     shape = (*hidden_BSH.shape[:2], -1, self.index_head_dim)
     widths = [heads * self.index_head_dim for heads in (self.index_n_heads, self.index_kv_heads)]
