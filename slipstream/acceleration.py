@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slipstream import adapters, fp8, hf, linear_fp8, rope
-from slipstream.attention import block_selection
+from slipstream.attention import block_selection, head_scales
 from slipstream.attention import interface as attention
 from slipstream.backend import BackendConfig
 from slipstream.checkpoint.export import install_save
@@ -206,6 +206,7 @@ def _compile(model: PreTrainedModel, backend: BackendConfig) -> tuple[Choice, ..
         if not layers:
             raise ValueError(f"BackendConfig(compile='layers'): {why_not_compiled(model)}; use compile='auto'")
         rope.install(model)
+        head_scales.install(model)
         where = "on first use on a GPU" if gpu_only and not next(model.parameters()).is_cuda else "on first use"
         choices = [Choice("compile", "layers", f"{' and '.join(layers)}, {where}; one graph per kind of layer")]
         inside, why = "compiled", "fused with its neighbours in the layer"

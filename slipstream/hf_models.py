@@ -31,6 +31,7 @@ from slipstream.parallel.units import class_of
 # Classes of experts modules that Transformers calls in ways of their own; see `moe.foreign`.
 LLAMA4_EXPERTS, DBRX_EXPERTS, LONGCAT_EXPERTS = "Llama4TextExperts", "DbrxExperts", "LongcatFlashExperts"
 QSA_INDEXER = "Qwen4ExpTextQSAIndexer"  # see `attention.block_selection`
+ZAYA_QK_NORM = "ZayaQKNorm"  # see `attention.head_scales`
 _ORIGINAL = "slipstream_original"
 _IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # from_pretrained reads no tensor in advance
 
