@@ -70,7 +70,8 @@ def _find(experts: Any) -> str:
     stand_in = copy.copy(experts)
     stand_in._parameters = {}
     numbers = {key: value for key, value in vars(experts).items() if isinstance(value, int | float | str)}
-    act_fn = getattr(experts, "act_fn", None)
+    # In one line: Inductor writes an operator's arguments into comments of its code.
+    act_fn = " ".join(str(getattr(experts, "act_fn", None)).split())
     name = f"{type(experts).__module__}.{type(experts).__qualname__} {act_fn} {sorted(numbers.items())}"
     return register(name, own_function(stand_in))
 

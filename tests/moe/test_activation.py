@@ -43,6 +43,13 @@ def test_an_unknown_activation_runs_as_it_is() -> None:
     assert not function.__self__._parameters
 
 
+def test_a_name_is_one_line() -> None:
+    """Inductor writes it into a comment of the code that it generates; Inkling 2's activation has modules inside."""
+    experts = experts_of("inkling2_text")
+    assert "\n" in str(experts.act_fn)
+    assert "\n" not in activation_name(experts)
+
+
 def test_a_trainable_activation_has_no_name() -> None:
     experts = experts_of("qwen3_moe")
     experts.act_fn = nn.PReLU()
