@@ -87,6 +87,7 @@ class Shape:
         kept_outside: bytes a token kept outside the layers, fp32 logits not counted.
         hidden, vocabulary: widths.
         linears: the linear layers, but for the output head.
+        saved: parameters of the modules that train in whole beside adapters.
     """
 
     layers: tuple[Layer, ...]
@@ -98,6 +99,7 @@ class Shape:
     vocabulary: int
     linears: tuple[Linear, ...]
     embedding_ranks: int = 1
+    saved: int = 0
 
     @property
     def dense(self) -> int:

@@ -52,6 +52,7 @@ class Layout:
         lora_rank: of the adapters where they alone train.
         load_in_4bit: the experts are stored in NF4.
         accumulation: micro-batches of an optimizer step.
+        step_rows: rows of a step on all GPUs where the recipe fixes them, whatever the micro-batch.
         compiled: the decoder layers are.
         dispatcher: as in `BackendConfig`; "auto" is what `exchange` says.
         per_host: GPUs of one host.
@@ -70,6 +71,7 @@ class Layout:
     lora_rank: int | None = None
     load_in_4bit: bool = False
     accumulation: int = 1
+    step_rows: int | None = None
     compiled: bool = True
     fused_loss: bool = True
     dispatcher: str = "auto"
@@ -150,7 +152,7 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
             row = experts.hidden * layout.compute_bytes + 128 * (8 + 4 + 4)
             steady["exchange areas"] = 10 * min(layout.ep_size, 8) * 256 * row + (32 << 20)
     if layout.lora_rank is not None:
-        steady["adapters"] = 4 * adapter_parameters(shape, layout.lora_rank) / shards
+        steady["adapters"] = _adapter_bytes(shape, layout) / shards
     if width > layout.compute_bytes:
         # Autocast's copies, which backward needs: an expert's of its owner, a dense weight's whole.
         copied = 0 if layout.load_in_4bit else shape.routed / layout.ep_size
@@ -164,7 +166,7 @@ def step_memory(shape: Shape, layout: Layout) -> Memory:
     last = _gradient_bytes(shape.embedding if shape.head else 0, layout) / shards
     first = _gradient_bytes((shape.head or shape.embedding) + shape.rest, layout) / shards
     if layout.lora_rank is not None:
-        first = 4 * adapter_parameters(shape, layout.lora_rank) / shards
+        first = _adapter_bytes(shape, layout) / shards
     every_gradient = first + sum(gradients) + last
     kept = [_kept(layer, layout) for layer in shape.layers]
     sent = [_received_rows(layer.experts, layout) for layer in shape.layers]
@@ -244,9 +246,16 @@ def _moment(name: str, *parts: dict[str, float]) -> Memory:
 
 def _optimizer_bytes(shape: Shape, layout: Layout) -> float:
     of_2, of_4 = OPTIMIZERS[layout.optimizer]
+    of_weight = of_2 if layout.weight_bytes == 2 else of_4
     if layout.lora_rank is not None:
-        return of_4 * adapter_parameters(shape, layout.lora_rank)  # PEFT keeps them in fp32
-    return (of_2 if layout.weight_bytes == 2 else of_4) * (shape.dense + shape.routed)
+        return of_4 * adapter_parameters(shape, layout.lora_rank) + of_weight * shape.saved
+    return of_weight * (shape.dense + shape.routed)
+
+
+def _adapter_bytes(shape: Shape, layout: Layout) -> float:
+    """PEFT keeps LoRA's factors in fp32 and copies of whole modules in the dtype that they have."""
+    assert layout.lora_rank is not None
+    return 4 * adapter_parameters(shape, layout.lora_rank) + layout.weight_bytes * shape.saved
 
 
 def _gradient_bytes(parameters: float, layout: Layout) -> float:

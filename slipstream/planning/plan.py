@@ -14,12 +14,12 @@ from slipstream.backend import BackendConfig
 from slipstream.bench.presets import PRESETS, build_config
 from slipstream.parallel.setup import CHECKPOINTING, DistributedSetup
 from slipstream.planning.activations import Linear, Shape, model_shape
-from slipstream.planning.flops import ForwardFlops, Parameters, count_parameters, forward_flops
+from slipstream.planning.flops import ForwardFlops, Parameters, count_parameters, forward_flops, meta_model
 from slipstream.planning.gpus import PER_HOST, Gpu
 from slipstream.planning.memory import Layout, Memory, step_memory
 from slipstream.planning.speed import StepTime, step_time
-from slipstream.train.checks import build_from_config
-from slipstream.train.recipe import ALL_EXPERTS, DEFAULT_MAX_LENGTH, LoraSection, ModelSection, Recipe
+from slipstream.train.checks import build_from_config, micro_batches
+from slipstream.train.recipe import ALL_EXPERTS, AUTO, DEFAULT_MAX_LENGTH, LoraSection, ModelSection, Recipe
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _MOST_GPUS = 4096
@@ -88,7 +88,10 @@ def make_plan(recipe: Recipe, gpus: int, gpu: Gpu) -> Plan:
     layout = layout_of(recipe, config, gpus, notes)
     model = describe_model(recipe.model.name_or_path or recipe.model.config or "", config, layout.seq_len)
     if recipe.lora is not None:
-        model = dataclasses.replace(model, shape=adapted(model.shape, recipe.lora))
+        shape = adapted(model.shape, recipe.lora)
+        if recipe.lora.modules_to_save:
+            shape = dataclasses.replace(shape, saved=_saved(config, recipe.lora.modules_to_save))
+        model = dataclasses.replace(model, shape=shape)
     return dataclasses.replace(plan_layout(model, layout, gpu), notes=tuple(notes))
 
 
@@ -153,7 +156,8 @@ def layout_of(recipe: Recipe, config: PretrainedConfig, gpus: int, notes: list[s
     """How `recipe` trains on `gpus` GPUs; an `ep_size` that they do not allow becomes the largest that they do.
 
     Raises:
-        ValueError: replicas that do not divide the GPUs, and tensor parallelism or offloading, which are not planned.
+        ValueError: replicas that do not divide the GPUs, GPUs that do not divide the rows of a step, and tensor
+            parallelism or offloading, which are not planned.
     """
     setup, train = DistributedSetup.of(recipe.distributed), recipe.train
     for name, off in (("tp_size", 1), ("cpu_offload", False)):
@@ -172,6 +176,8 @@ def layout_of(recipe: Recipe, config: PretrainedConfig, gpus: int, notes: list[s
     if isinstance(rows, str):
         notes.append(f"train.per_device_train_batch_size={rows}: planned with 1; the best layout says how many fit")
         rows = 1
+    accumulation = micro_batches(train, gpus)
+    fixed = train.global_batch_size is not None or train.per_device_train_batch_size == AUTO
     backend = recipe.model.backend
     mode = setup.activation_checkpointing
     if getattr(train, "activation_checkpointing", False) and mode == "none":
@@ -188,7 +194,8 @@ def layout_of(recipe: Recipe, config: PretrainedConfig, gpus: int, notes: list[s
         compute_bytes=2 if short or autocast else 4,
         lora_rank=recipe.lora.r if recipe.lora else None,
         load_in_4bit=recipe.lora is not None and recipe.lora.load_in_4bit,
-        accumulation=train.gradient_accumulation_steps,
+        accumulation=accumulation,
+        step_rows=accumulation * rows * gpus if fixed else None,
         compiled=backend.get("compile", "auto") != "none",
         fused_loss=backend.get("loss", "auto") != "transformers",
         dispatcher=backend.get("dispatcher", "auto"),
@@ -237,6 +244,17 @@ def adapted(shape: Shape, lora: LoraSection) -> Shape:
     return dataclasses.replace(shape, linears=tuple(kept))
 
 
+def _saved(config: PretrainedConfig, names: list[str]) -> int:
+    """Parameters of the modules whose names end so, as PEFT finds `modules_to_save`."""
+    found = {
+        parameter: parameter.numel()
+        for path, module in meta_model(config).named_modules()
+        if any(path.endswith(name) for name in names)
+        for parameter in module.parameters()
+    }
+    return sum(found.values())
+
+
 def _expert_parallel(experts: int | None, layout: Layout) -> Iterator[int]:
     """Sizes that go with the model and the GPUs of a replica. Experts in 4 bits have one owner each."""
     shards = layout.shards
@@ -254,10 +272,16 @@ def _candidates(model: Model, layout: Layout) -> Iterator[Layout]:
             continue
         for ep_size in _expert_parallel(model.experts, dataclasses.replace(layout, dp_replicate=replica)):
             for micro_batch in sorted({*_MICRO_BATCHES, layout.micro_batch}):
+                accumulation = layout.accumulation
+                if layout.step_rows is not None:
+                    accumulation, left = divmod(layout.step_rows, layout.gpus * micro_batch)
+                    if left or not accumulation:
+                        continue
                 for mode in CHECKPOINTING:
                     yield dataclasses.replace(
-                        layout, dp_replicate=replica, ep_size=ep_size, micro_batch=micro_batch, checkpointing=mode
-                    )
+                        layout, dp_replicate=replica, ep_size=ep_size, micro_batch=micro_batch, checkpointing=mode,
+                        accumulation=accumulation,
+                    )  # fmt: skip
 
 
 def _fitting(model: Model, layout: Layout, gpu: Gpu) -> list[Estimate]:
@@ -274,10 +298,13 @@ def _fastest(found: list[Estimate]) -> Estimate | None:
 
 
 def _distance(found: Estimate, layout: Layout) -> tuple[float, float]:
-    """How far a layout is from the one asked for, the faster first among equals. Results stay the same for all but the
-    micro-batch, which changes the batch of a step."""
+    """How far a layout is from the one asked for, the faster first among equals. Results stay the same for all but a
+    micro-batch that changes the rows of a step."""
     other = found.layout
     changed = float(other.checkpointing != layout.checkpointing) + float(other.ep_size != layout.ep_size)
     changed += float(other.dp_replicate != layout.dp_replicate)
-    changed += 2 * abs(log2(other.micro_batch / layout.micro_batch))
+    if layout.step_rows is None:
+        changed += 2 * abs(log2(other.micro_batch / layout.micro_batch))
+    else:
+        changed += float(other.micro_batch != layout.micro_batch)
     return changed, -found.time.tokens_per_second

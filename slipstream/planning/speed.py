@@ -147,7 +147,7 @@ def _optimizer_ms(shape: Shape, layout: Layout, bandwidth: float) -> float:
     width, (of_2, of_4) = layout.weight_bytes, OPTIMIZERS[layout.optimizer]
     parameters: float = shape.dense + shape.routed
     if layout.lora_rank is not None:
-        parameters, width = adapter_parameters(shape, layout.lora_rank), 4
+        parameters, width = adapter_parameters(shape, layout.lora_rank) + shape.saved, 4
     state = of_2 if width == 2 else of_4
     # Read and write weight and state, read the gradient.
     moved = parameters / layout.shards * (3 * width + 2 * state)

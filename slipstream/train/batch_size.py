@@ -20,8 +20,9 @@ from transformers import TrainingArguments
 from slipstream import hf, hf_trainer
 from slipstream.checkpoint.training_state import rng_state, set_rng_state
 from slipstream.parallel.setup import DistributedSetup
+from slipstream.train.checks import micro_batches
 from slipstream.train.packing import count_tokens
-from slipstream.train.recipe import AUTO, DEFAULT_BATCH_SIZE, Recipe
+from slipstream.train.recipe import Recipe
 
 # What a trial may use of the memory that training can have: rows of other lengths leave gaps between each other.
 USABLE = 0.9
@@ -43,20 +44,8 @@ def set_rows_per_step(recipe: Recipe, args: TrainingArguments) -> None:
 
     Raises: ValueError when no whole number of micro-batches makes `global_batch_size` rows.
     """
-    train = recipe.train
-    if train.global_batch_size is None:
-        if train.per_device_train_batch_size == AUTO:
-            args.gradient_accumulation_steps = DEFAULT_BATCH_SIZE * train.gradient_accumulation_steps
-        return
     streams = args.world_size // DistributedSetup.of(recipe.distributed).tp_size
-    one = streams * args.per_device_train_batch_size
-    if train.global_batch_size % one:
-        each = "" if train.per_device_train_batch_size == AUTO else f" x {args.per_device_train_batch_size} rows each"
-        raise ValueError(
-            f"train.global_batch_size={train.global_batch_size} is no multiple of {one} ({streams} ranks{each}); "
-            f"use {max(1, train.global_batch_size // one) * one} or {(train.global_batch_size // one + 1) * one}"
-        )
-    args.gradient_accumulation_steps = train.global_batch_size // one
+    args.gradient_accumulation_steps = micro_batches(recipe.train, streams)
 
 
 def find_batch_size(trainer: Any, max_length: int, known: int | None = None) -> str:

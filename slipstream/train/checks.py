@@ -17,7 +17,16 @@ from slipstream.parallel.setup import DistributedSetup
 from slipstream.shared_adapters import share_experts
 from slipstream.train.byte_tokenizer import NAME as BYTES
 from slipstream.train.byte_tokenizer import byte_tokenizer
-from slipstream.train.recipe import ALL_EXPERTS, DEFAULT_MAX_LENGTH, LoraSection, ModelSection, Recipe
+from slipstream.train.recipe import (
+    ALL_EXPERTS,
+    AUTO,
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_MAX_LENGTH,
+    LoraSection,
+    ModelSection,
+    Recipe,
+    TrainSection,
+)
 
 OWN_OPTIMIZERS = ("slipstream_adamw", "slipstream_adamw_master")
 INDEX_NAME = "model.safetensors.index.json"
@@ -127,6 +136,25 @@ def check_setup(setup: DistributedSetup, config: PreTrainedConfig) -> None:
         setup.check(num_routed_experts(config))
     except ValueError as error:
         raise ValueError(f"distributed: {error}") from error
+
+
+def micro_batches(train: TrainSection, streams: int) -> int:
+    """How many micro-batches a step has on each of `streams` ranks that train on rows of their own; with
+    `per_device_train_batch_size: auto` of one row each.
+
+    Raises: ValueError when no whole number of micro-batches makes `global_batch_size` rows.
+    """
+    unknown = train.per_device_train_batch_size == AUTO
+    if train.global_batch_size is None:
+        return (DEFAULT_BATCH_SIZE if unknown else 1) * train.gradient_accumulation_steps
+    one = streams if unknown else streams * int(train.per_device_train_batch_size)
+    if train.global_batch_size % one:
+        each = "" if unknown else f" x {train.per_device_train_batch_size} rows each"
+        raise ValueError(
+            f"train.global_batch_size={train.global_batch_size} is no multiple of {one} ({streams} ranks{each}); "
+            f"use {max(1, train.global_batch_size // one) * one} or {(train.global_batch_size // one + 1) * one}"
+        )
+    return train.global_batch_size // one
 
 
 def check_optimizer(name: str) -> None:

@@ -12,7 +12,7 @@ from slipstream.planning.gpus import GPUS, Gpu, find_gpu, parse_gpus
 from slipstream.planning.measured import CONSTANTS
 from slipstream.planning.memory import GIB
 from slipstream.planning.plan import Plan, make_plan
-from slipstream.train.recipe import Recipe
+from slipstream.train.recipe import DEFAULT_BATCH_SIZE, Recipe
 from slipstream.train.recipe_file import load_recipe
 
 H100 = GPUS["H100-80GB"]
@@ -107,6 +107,31 @@ def test_recipe_settings_reach_the_layout() -> None:
     assert (ddp.dp_replicate, ddp.shards) == (8, 1)
     whole = plan(model={"config": "qwen3-30b-a3b", "dtype": "float32"}).given.layout
     assert (whole.weight_bytes, whole.compute_bytes, whole.optimizer) == (4, 2, "adamw_torch_fused")
+
+
+@pytest.mark.parametrize("rows", [1, "auto"])
+def test_the_rows_of_a_step_are_as_training_has_them(rows: int | str) -> None:
+    accumulated = plan(train={"gradient_accumulation_steps": 8}).given
+    made = plan(train={"global_batch_size": 64, "per_device_train_batch_size": rows})
+    assert made.given.layout.accumulation == 8
+    assert made.given.memory == accumulated.memory
+    assert made.given.time.tokens == accumulated.time.tokens
+    assert made.best is not None
+    assert made.best.layout.micro_batch > 1
+    assert made.best.layout.micro_batch * made.best.layout.accumulation == 8
+    with pytest.raises(ValueError, match="global_batch_size=12 is no multiple of 8"):
+        plan(train={"global_batch_size": 12, "per_device_train_batch_size": rows})
+    assert plan(train={"per_device_train_batch_size": "auto"}).given.layout.accumulation == DEFAULT_BATCH_SIZE
+
+
+def test_modules_that_train_in_whole_beside_adapters() -> None:
+    without, made = plan(lora={"r": 8}), plan(lora={"r": 8, "modules_to_save": ["embed_tokens", "lm_head"]})
+    saved = 2 * 151936 * 2048
+    assert made.model.shape.saved == saved
+    parts, before = made.given.memory.parts, without.given.memory.parts
+    assert (parts["adapters"] - before["adapters"]) * GIB * 8 == pytest.approx(2 * saved)
+    assert (parts["optimizer"] - before["optimizer"]) * GIB * 8 == pytest.approx(4 * saved)
+    assert made.given.memory.gradients_gib > without.given.memory.gradients_gib
 
 
 def test_lora() -> None:
