@@ -17,6 +17,7 @@ from slipstream.parallel.units import class_of
 
 MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
 SELECTIVE_SCAN = "mamba_selective_scan"  # in those with Mamba1 layers, which tell it nothing of documents
+LIGHTNING = "MiniMaxLightningAttention"  # see `recurrent.lightning`
 JETMOE_EXPERTS, JETMOE_ROUTER = "JetMoeParallelExperts", "JetMoeTopKGating"  # see `moe.grouped_projections`
 # Kinds of layers that mix tokens by plain attention, and those that mix none.
 _PLAIN = {
@@ -31,7 +32,7 @@ _BESIDE = (CONVOLUTION, "mamba2_split_conv1d_scan_combined")
 # Other scans that loop over chunks or tokens in Python: such functions, and modules that have the loop in a method.
 # JetMoe's split by sizes on the host, which are others in every step.
 _LOOPS = ("rwkv_linear_attention",)
-_LOOPING_MODULES = ("MiniMaxLightningAttention", "RecurrentGemmaRglru", "JetMoeAttention", "JetMoeMoE")
+_LOOPING_MODULES = ("RecurrentGemmaRglru", "JetMoeAttention", "JetMoeMoE")
 
 
 @contextmanager
@@ -86,6 +87,11 @@ def _is_grouped(module: nn.Module) -> bool:
     return class_of(module).__name__ == JETMOE_ROUTER and "forward" in vars(module)
 
 
+def lightning_modules(model: nn.Module) -> list[nn.Module]:
+    """The lightning attention in `model`."""
+    return [module for module in model.modules() if class_of(module).__name__ == LIGHTNING]
+
+
 def replace_recurrent(model: Any, replacements: dict[str, Callable[..., Any]]) -> None:
     """Let the modelling file of `model` call `replacement(original, *args, **kwargs)` in the place of each."""
     module = modelling_file(model)
@@ -101,7 +107,8 @@ def beside_attention(config: PretrainedConfig) -> list[str]:
 
 
 def calls_any(config: PretrainedConfig, functions: Iterable[str]) -> bool:
-    """Whether the architecture's modelling file has one of those functions, which `recurrent_functions` knows."""
+    """Whether the architecture's modelling file has one of those functions, which `recurrent_functions` knows, or
+    lightning attention."""
     model_class = causal_lm_class(config)
     return model_class is not None and any(name in vars(sys.modules[model_class.__module__]) for name in functions)
 

@@ -23,6 +23,7 @@ from slipstream.attention.rows import rows_of
 from slipstream.kernels import HAS_TRITON
 from slipstream.recurrent.convolution import causal_conv, documents_of
 from slipstream.recurrent.gated_delta import gated_delta_rule
+from slipstream.recurrent.lightning import lightning_attention
 from slipstream.recurrent.mamba2 import mamba2_scan
 from slipstream.recurrent.selective_scan import channels_first
 
@@ -39,14 +40,16 @@ def install(model: Any) -> tuple[str, str] | None:
     documents; None where Transformers' loops run."""
     loops, looping = hf_recurrent.loops(model), hf_recurrent.looping_modules(model)
     hf_recurrent.replace_recurrent(model, dict.fromkeys(loops, _outside))
-    for module in looping:
-        module.forward = MethodType(forward, module)  # named so: survives deepcopy and pickle
+    lightning = hf_recurrent.lightning_modules(model)
+    for modules, own in ((looping, forward), (lightning, _attend)):
+        for module in modules:
+            module.forward = MethodType(own, module)  # named so: survives deepcopy and pickle
     functions = hf_recurrent.recurrent_functions(model)
     fast = [name for name, function in functions.items() if hf_recurrent.runs_package(function)]
     hf_recurrent.replace_recurrent(model, {name: _REPLACEMENTS[name] for name in functions if name not in fast})
     of_fla = [name for name in fast if _REPLACEMENTS[name] is _gated_delta]
     hf_recurrent.replace_recurrent(model, dict.fromkeys(of_fla, _package_delta))
-    if not functions or loops or looping:
+    if not (functions or lightning) or loops or looping:
         return None
     has_kernels = HAS_TRITON and torch.cuda.is_available()
     if hf_recurrent.SELECTIVE_SCAN in functions:
@@ -59,11 +62,11 @@ def install(model: Any) -> tuple[str, str] | None:
         hf_recurrent.set_time_step_limit(module)
     model.get_decoder().register_forward_pre_hook(partial(_tell, bool(of_fla)), with_kwargs=True)
     scans = [name for name in functions if name in hf_recurrent.SCANS]
-    if set(scans or functions) <= set(fast):
+    if functions and set(scans or functions) <= set(fast):
         return "kernels", _APART
-    if not scans:
+    if functions and not scans:
         return "compiled", _APART
-    ours = hf_recurrent.MAMBA_SCAN in functions and hf_recurrent.MAMBA_SCAN not in fast
+    ours = bool(lightning) or (hf_recurrent.MAMBA_SCAN in functions and hf_recurrent.MAMBA_SCAN not in fast)
     return "triton" if ours and has_kernels else "torch", _APART
 
 
@@ -77,6 +80,20 @@ def _outside(original: Any, *args: Any, **kwargs: Any) -> Any:
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The module's own forward, outside of a compiled layer."""
     return type(self).forward(self, *args, **kwargs)
+
+
+def _attend(
+    self: nn.Module, hidden_states: Any, position_embeddings: Any, attention_mask: Any, past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
+    document = kwargs.get(DOCUMENTS)
+    theirs = document is None and hidden_states.device.type == "cpu"  # its few blocks are as fast there
+    if theirs or past_key_values is not None or not kwargs.get(OURS):
+        return forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+    return lightning_attention(self, hidden_states, attention_mask, document)
+
+
+_attend.__name__ = "forward"
 
 
 def _tell(

@@ -22,7 +22,11 @@ LENGTHS = "seq_lengths"  # TRL's name for the lengths of the documents of a pack
 TOKENS = "num_tokens"  # of a packed batch, without the space left over; `count_tokens` takes it out
 PACKED_AT_ONCE = 10_000  # rows
 # Layers whose state begins anew with each document, where they call a function that `slipstream.recurrent` knows.
-RESETTING = {"linear_attention": hf_recurrent.SCANS, "mamba": hf_recurrent.SCANS, "conv": (hf_recurrent.CONVOLUTION,)}
+RESETTING = {
+    "linear_attention": (*hf_recurrent.SCANS, hf_recurrent.LIGHTNING),
+    "mamba": hf_recurrent.SCANS,
+    "conv": (hf_recurrent.CONVOLUTION,),
+}
 RECURRENT = ("rwkv", "xlstm")  # they name no kinds of layers
 # Their models take position_ids and yet attend across documents, or count positions in a way of their own; found by
 # `slipstream coverage`.

@@ -13,11 +13,11 @@ pytestmark = pytest.mark.gpu
 LENGTHS = (40, 150, 66)
 
 
-@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen3_next", "kimi_linear", "minimax"])
 def test_moving_a_neighbour_changes_nothing(model_type: str) -> None:
     model = slipstream.accelerate(tiny_model(model_type).to("cuda", torch.bfloat16))
     assert slipstream.describe(model)["compile"].chosen == "layers"
-    ours = "triton" if model_type == "nemotron_h" else "torch"
+    ours = "triton" if model_type in ("nemotron_h", "minimax") else "torch"
     assert slipstream.describe(model)["recurrent"].chosen in (ours, "kernels")  # a package's, where installed
     inside = slice(LENGTHS[0], LENGTHS[0] + LENGTHS[1])
     one, other = packed_batch(LENGTHS, seed=5), packed_batch(LENGTHS, seed=6)
