@@ -72,6 +72,8 @@ def check_sources(section: DataSection) -> None:
     """Raises: ValueError when a file that the recipe names does not exist, or its templates are not valid."""
     for source in [*section.train, *(section.eval or [])]:
         find_files(source.path)
+    if section.chat_template is not None and not Path(section.chat_template).is_file():
+        raise ValueError(f"data.chat_template: no such file: {section.chat_template}")
     if section.map is not None:
         RowMap(section.map)
 
