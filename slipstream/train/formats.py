@@ -9,7 +9,7 @@
 | text | `text` | everything |
 | pre-tokenised | `input_ids`; `labels` if any, -100 where not trained | the labels, or everything |
 
-A row may have other keys too.
+A row may have other keys too, and so may a message: its template decides. A key that is null counts as absent.
 """
 
 from collections.abc import Mapping
@@ -31,6 +31,16 @@ ALPACA = (
 KNOWN = "'messages', 'conversations', 'instruction' and 'output', 'prompt' and 'completion', 'text', or 'input_ids'"
 
 
+def drop_nulls(value: Any) -> Any:
+    """The value without the keys that are null, at any depth; Arrow gives every row the keys of all the others.
+
+    Lists keep their nulls, which Arrow does not add.
+    """
+    if isinstance(value, dict):
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def read_row(row: Any, chat: bool) -> dict[str, Any]:
     """A row of any form as `messages` (and `tools`), `prompt` and `completion`, `text`, or `input_ids` and `labels`.
 
@@ -42,6 +52,7 @@ def read_row(row: Any, chat: bool) -> dict[str, Any]:
     """
     if not isinstance(row, dict):
         raise ValueError(f"a line must be one JSON object, not {kind(row)}")
+    row = drop_nulls(row)
     if "input_ids" in row:
         return _tokens(row)
     for key in ("messages", "conversations"):
@@ -107,7 +118,10 @@ def _conversation(row: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
-    """One message with `role`, `content`, and `tool_calls` if the assistant makes any."""
+    """One message with `role`, `content`, `tool_calls` if any, and what else the row says of it.
+
+    Templates read `reasoning_content` or `thinking`, `name`, `tool_call_id` and more.
+    """
     if not isinstance(turn, dict):
         raise ValueError(f"{where} must be an object with 'role' and 'content', not {kind(turn)}")
     speaker, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
@@ -115,7 +129,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     for key in (speaker, content):
         if key not in turn and not (key == content and calls):
             raise ValueError(f"{where}: {key!r} is missing")
-        if not isinstance(turn.get(key), str) and not (key == content and calls and turn.get(key) is None):
+        if not isinstance(turn.get(key, ""), str):
             raise ValueError(f"{where}: {key!r} must be a string, not {kind(turn[key])}")
     roles = SPEAKERS if speaker == "from" else {role: role for role in ROLES}
     if turn[speaker] not in roles:
@@ -123,7 +137,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     role = roles[turn[speaker]]
     if not turn.get(content) and role in ("user", "assistant") and not calls:
         raise ValueError(f"{where}: {content!r} is empty")
-    return {"role": role, "content": turn.get(content) or "", **({"tool_calls": calls} if calls else {})}
+    others = {key: value for key, value in turn.items() if key not in ("from", "value", "tool_calls")}
+    return {**others, "role": role, "content": turn.get(content) or "", **({"tool_calls": calls} if calls else {})}
 
 
 def _tokens(row: dict[str, Any]) -> dict[str, Any]:
@@ -169,12 +184,14 @@ class RowMap:
         """Raises: ValueError where the row lacks a column or has it of another type."""
         if not isinstance(row, dict):
             raise ValueError(f"a line must be one JSON object, not {kind(row)}")
-        made = {}
+        made, columns = {}, drop_nulls(row)
         for key, template in self.templates.items():
             try:
-                made[key] = template.render(row)
+                made[key] = template.render(columns)
             except (TemplateError, TypeError, ValueError, LookupError) as error:
-                raise ValueError(f"data.map.{key}: {error} (columns: {', '.join(row)})") from error
+                nulls = [name for name in row if name not in columns]
+                absent = f"; null, which counts as absent: {', '.join(nulls)}" if nulls else ""
+                raise ValueError(f"data.map.{key}: {error} (columns: {', '.join(columns)}{absent})") from error
         if "user" not in made:
             return made
         roles = [role for role in ("system", "user", "assistant") if made.get(role)]

@@ -146,7 +146,7 @@ def _csv(path: Path) -> Iterator[Placed]:
                 if None in row:
                     yield place, Unreadable(f"more cells than the {len(reader.fieldnames or ())} columns of the header")
                 else:
-                    yield place, {key: value for key, value in row.items() if value is not None}
+                    yield place, row
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}:{line + 1}: not valid CSV: {error}") from error
 
@@ -158,9 +158,8 @@ def _parquet(path: Path) -> Iterator[Placed]:
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
-                    # Arrow fills the keys that a row lacks, since all rows have the same.
-                    yield f"{path}: row {number}", {key: value for key, value in row.items() if value is not None}
-    except pyarrow.ArrowException as error:
+                    yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a Parquet file, or a damaged one: {error}") from error
 
 

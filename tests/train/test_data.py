@@ -39,7 +39,7 @@ def load(
         ('{"messages": []}', "'messages' is empty"),
         ('{"messages": ["hi"]}', "messages[0] must be an object with 'role' and 'content', not a string"),
         ('{"messages": [{"role": "user"}]}', "messages[0]: 'content' is missing"),
-        ('{"messages": [{"role": "user", "content": null}]}', "messages[0]: 'content' must be a string, not null"),
+        ('{"messages": [{"role": "user", "content": null}]}', "messages[0]: 'content' is missing"),
         ('{"messages": [{"role": "user", "content": ""}]}', "messages[0]: 'content' is empty"),
         (
             '{"messages": [{"role": "gpt", "content": "hi"}]}',
@@ -118,6 +118,15 @@ def test_unknown_unstable_template_is_refused(tmp_path: Path) -> None:
     tokenizer.chat_template = UNSTABLE
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: the chat template renders .*messages\[2\].*generation"):
         load(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [ANSWERED]))
+
+
+def test_variant_keeps_the_reasoning_of_earlier_turns(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = qwen3_chat_template
+    turns = [turn | {"reasoning_content": f"Why {i}."} for i, turn in enumerate(CONVERSATIONS[0])]
+    data = load(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}]), max_length=1000)
+    answers = [text for text, trained in trained_segments(data.train[0], tokenizer) if trained]
+    assert [answer.split("</think>")[0] for answer in answers] == [f"<think>\nWhy {i}.\n" for i in (2, 4)]
 
 
 def test_truncation_is_counted_and_masked_rows_left_out(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
