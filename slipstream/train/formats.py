@@ -55,6 +55,13 @@ def read_row(row: Any, chat: bool) -> dict[str, Any]:
     row = drop_nulls(row)
     if "input_ids" in row:
         return _tokens(row)
+    made = _read_text(row, chat)
+    for key, value in made.items():
+        _check_characters(value, key)
+    return made
+
+
+def _read_text(row: dict[str, Any], chat: bool) -> dict[str, Any]:
     for key in ("messages", "conversations"):
         if key in row:
             return _conversation(row, key)
@@ -69,6 +76,20 @@ def read_row(row: Any, chat: bool) -> dict[str, Any]:
 def kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def _check_characters(value: Any, where: str) -> None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where} holds half a character ({value[error.start]!r}, a surrogate without its other half)"
+            ) from error
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_characters(key, f"a key of {where}")
+            _check_characters(item, f"{where}.{key}" if isinstance(value, dict) else f"{where}[{key}]")
 
 
 def _string(row: dict[str, Any], key: str, beside: tuple[str, ...]) -> str:
@@ -152,8 +173,9 @@ def _tokens(row: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key!r} must hold whole numbers")
     if not ids:
         raise ValueError("'input_ids' is empty")
-    if min(ids) < 0:
-        raise ValueError(f"'input_ids' holds {min(ids)}; ids are 0 or more")
+    for extreme in (min(ids), max(ids)):
+        if not 0 <= extreme < 2**31:
+            raise ValueError(f"'input_ids' holds {extreme}; ids are 0 or more, and below 2**31")
     if labels is not None:
         if len(labels) != len(ids):
             raise ValueError(f"'labels' has {len(labels)} entries and 'input_ids' {len(ids)}; they go together")

@@ -59,8 +59,6 @@ def encode_rows(
             made.append(_render(row, tokenizer, template))
         except ValueError as error:
             made.append(error)
-        except TemplateError as error:
-            made.append(ValueError(str(error)))
     for special_tokens in (False, True):
         places = [i for i, x in enumerate(made) if isinstance(x, _Text) and x.special_tokens == special_tokens]
         texts = [made[i] for i in places]
@@ -80,16 +78,24 @@ def _render(row: Row, tokenizer: PreTrainedTokenizerBase, template: str | None) 
     if template is None:
         raise ValueError("'messages' need a chat template and the tokenizer has none; name one as data.chat_template")
     if has_generation_markers(template):
-        encoded: Any = tokenizer.apply_chat_template(
-            row["messages"],
-            tools=row.get("tools"),
-            chat_template=template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+        encoded = _apply_template(
+            row["messages"], tokenizer, template, row.get("tools"), return_dict=True, return_assistant_tokens_mask=True
         )
         return Tokens(np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], dtype=bool))
     text, spans = assistant_spans(row["messages"], tokenizer, template, row.get("tools"))
     return _Text(text, spans, False)
+
+
+def _apply_template(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str, tools: Any, **kwargs: Any
+) -> Any:
+    """Raises: ValueError when the template refuses the messages, or was not written for such."""
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, **kwargs)
+    except TemplateError as error:
+        raise ValueError(str(error)) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"the chat template fails at this row: {type(error).__name__}: {error}") from error
 
 
 def assistant_spans(
@@ -102,11 +108,7 @@ def assistant_spans(
     """
 
     def render(turns: list[dict[str, Any]], prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                turns, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
-            )
-        )
+        return str(_apply_template(turns, tokenizer, template, tools, tokenize=False, add_generation_prompt=prompt))
 
     text = render(messages, False)
     spans = []

@@ -103,7 +103,7 @@ def read_files(
                 continue
             try:
                 yield place, read_row(mapped(row) if mapped else row, chat)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 bad.add(place, str(error))
 
 
@@ -119,6 +119,8 @@ def _jsonl(path: Path) -> Iterator[Placed]:
                 yield place, Unreadable(f"not UTF-8 text ({error.reason})")
             except json.JSONDecodeError as error:
                 yield place, Unreadable(f"not valid JSON: {error.msg} (column {error.colno})")
+            except (ValueError, RecursionError) as error:  # a number of too many digits, brackets in too many brackets
+                yield place, Unreadable(f"not readable JSON: {error}")
 
 
 def _json(path: Path) -> Iterator[Placed]:
@@ -130,13 +132,14 @@ def _json(path: Path) -> Iterator[Placed]:
         return
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     for index, row in enumerate(rows):
         yield f"{path}[{index}]", row
 
 
 def _csv(path: Path) -> Iterator[Placed]:
+    csv.field_size_limit(2**31 - 1)  # else 131,072 characters, less than a document may have
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         line = 1
