@@ -1,6 +1,6 @@
 """Rows to token ids, and which of them are trained on: the assistant's turns, found without markers in the template."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 class UnstableTemplateError(ValueError):
-    """A conversation's beginning is rendered differently once later turns follow, so turns cannot be told apart."""
+    """What the template renders of a part of a conversation is not how the whole begins: turns cannot be told apart."""
 
 
 class Tokens(NamedTuple):
@@ -105,6 +105,8 @@ def assistant_spans(
 
     Needs no `{% generation %}` markers: turn i starts where the turns before it plus the generation prompt end, and
     ends where the turns up to it end.
+
+    Raises: ValueError when the template refuses the conversation; UnstableTemplateError.
     """
 
     def render(turns: list[dict[str, Any]], prompt: bool) -> str:
@@ -115,7 +117,8 @@ def assistant_spans(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, upto = render(messages[:index], True), render(messages[: index + 1], False)
+        before = render(messages[:index], True) if index else _opening(text, render)
+        upto = render(messages[: index + 1], False)
         if not (text.startswith(before) and text.startswith(upto)):
             raise UnstableTemplateError(
                 f"the chat template renders what leads to messages[{index}] differently once later turns follow, so "
@@ -124,6 +127,27 @@ def assistant_spans(
             )
         spans.append((len(before), len(upto)))
     return text, spans
+
+
+def _opening(text: str, render: Callable[[list[dict[str, Any]], bool], str]) -> str:
+    """What leads to the turn of an assistant who speaks first: there are no turns before it that could be rendered.
+
+    It is what the template writes ahead of any first turn, a default system prompt for instance, and the generation
+    prompt.
+    """
+    other = [{"role": "user", "content": "\0"}]
+    given, prompted = render(other, False), render(other, True)
+    pairs = enumerate(zip(given, text, strict=False))
+    shared = next((place for place, (a, b) in pairs if a != b), min(len(given), len(text)))
+    prompt = prompted.removeprefix(given)
+    start = text.rfind(prompt, 0, shared + len(prompt))
+    if start < 0:
+        raise UnstableTemplateError(
+            "the conversation begins with the assistant, and the chat template does not render messages[0] as it does "
+            "an answer, so the assistant's tokens cannot be told apart; name a template with {% generation %} markers "
+            "as data.chat_template, or begin with a turn of the user"
+        )
+    return text[: start + len(prompt)]
 
 
 def _tokenize(texts: Sequence[_Text], tokenizer: PreTrainedTokenizerBase, special_tokens: bool) -> list[Tokens]:

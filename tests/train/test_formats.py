@@ -117,6 +117,28 @@ def test_reasoning_is_trained(name: str, expected: str) -> None:
         assistant_spans(messages * 2, tokenizer, template)
 
 
+@pytest.mark.parametrize("name", ["glm4moe", "lfm2", "llama3", "qwen2_5_vl", "qwen3"])
+def test_an_assistant_who_speaks_first(name: str) -> None:
+    """qwen2_5_vl writes a system prompt of its own ahead."""
+    template, tokenizer = (TEMPLATES / f"{name}_training.jinja").read_text(), make_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    for turns in ([TURNS[2]], [TURNS[2], *TURNS[1:]]):
+        text, spans = assistant_spans(turns, tokenizer, template)
+        marked = encode({"messages": turns}, tokenizer, template)
+        derived = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        inside = [any(a < end and start < b for a, b in spans) for start, end in derived]
+        assert inside == marked.trained.tolist()
+
+
+def test_an_assistant_who_speaks_first_without_the_generation_prompt() -> None:
+    tokenizer, turns = make_tokenizer(), [TURNS[2], *TURNS[1:]]
+    bare = CHATML.partition("{% if")[0]
+    text, spans = assistant_spans(turns, tokenizer, "Date: today\n{{ '' }}" + bare.replace("<|im_start|>", ""))
+    assert [text[a:b] for a, b in spans] == ["assistant\n2.<|im_end|>\n"] * 2
+    with pytest.raises(UnstableTemplateError, match="begins with the assistant"):
+        assistant_spans(turns, tokenizer, CHATML.replace("assistant\n", "assistant\n<think>"))
+
+
 def test_alpaca_without_a_chat_template() -> None:
     row = {"instruction": "Add.", "input": "1, 1", "output": "2."}
     made = read_row(row, chat=False)
