@@ -214,6 +214,12 @@ def test_weights_mix_sources_and_no_row_is_on_both_sides(tmp_path: Path, tokeniz
     assert len(set(train)) == 198  # each row is seen, those of the small source again and again
     assert sum("few" in text for text in train) / len(train) == pytest.approx(0.75, abs=0.05)
     assert load(tokenizer, train=sources, eval_fraction=0.1).train[:] == data.train[:]
+    write_jsonl(many, [{"text": "one"}])
+    with pytest.raises(ValueError, match=r"many\.jsonl: 1 row to train on leaves none to hold out"):
+        load(tokenizer, train=sources, eval_fraction=0.1)
+    write_jsonl(many, [{"input_ids": [3, 4], "labels": [IGNORE, IGNORE]}])
+    with pytest.raises(ValueError, match=r"many\.jsonl: no row with a token to train on"):
+        load(tokenizer, train=sources)
 
 
 @pytest.mark.parametrize(("excess", "kept"), [("truncate", [4, 8]), ("drop", [4]), ("split", [4, 8, 8, 5])])
