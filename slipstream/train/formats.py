@@ -52,9 +52,9 @@ def read_row(row: Any, chat: bool) -> dict[str, Any]:
     """
     if not isinstance(row, dict):
         raise ValueError(f"a line must be one JSON object, not {kind(row)}")
-    row = drop_nulls(row)
-    if "input_ids" in row:
+    if row.get("input_ids") is not None:
         return _tokens(row)
+    row = drop_nulls(row)
     made = _read_text(row, chat)
     for key, value in made.items():
         _check_characters(value, key)
