@@ -33,17 +33,19 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 def load_config_and_tokenizer(
-    section: ModelSection, stand_in: bool = False
+    recipe: Recipe, stand_in: bool = False
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase, list[str]]:
     """The model's config and its tokenizer, once a local checkpoint has been found whole; and notes on both.
 
+    The tokenizer has the recipe's chat template, if there is one.
+
     Args:
-        section: the recipe's `model`.
         stand_in: for a name on the hub that cannot be had, take the preset of the same shapes, if there is one.
 
     Raises: ValueError when a local checkpoint is missing, incomplete or damaged, or a config field does not exist;
         OSError when a hub name cannot be had.
     """
+    section = recipe.model
     notes = []
     try:
         config = build_from_config(section) if section.name_or_path is None else load_config(section)
@@ -68,6 +70,8 @@ def load_config_and_tokenizer(
     if section.name_or_path is None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config.get_text_config(), name, getattr(loaded, name))
+    if recipe.data.chat_template is not None:
+        loaded.chat_template = Path(recipe.data.chat_template).read_text(encoding="utf-8")
     return config, loaded, notes
 
 

@@ -200,6 +200,9 @@ def _tokenize(sources: list[Source], how: Tokenizing, bad: BadRows, limit: int |
         made.append(Dataset.from_dict(columns, features=FEATURES))
     if sources and not counts.rows:
         raise ValueError(_explain_no_labels(sources, counts, how, bad))
+    if any(source.weight is not None for source in sources) and not all(map(len, made)):
+        empty = next(source.path for source, part in zip(sources, made, strict=True) if not len(part))
+        raise ValueError(f"{empty}: no row with a token to train on, so none can be drawn; leave this source out")
     return made, counts
 
 
@@ -207,8 +210,12 @@ def _placed(source: Source, how: Tokenizing, bad: BadRows) -> Iterator[Placed]:
     return read_rows(source, how.section, how.template is not None, bad, how.section.streaming)
 
 
+def _name(sources: list[Source]) -> str:
+    return sources[0].path if len(sources) == 1 else f"{sources[0].path} and {len(sources) - 1} more"
+
+
 def _explain_no_labels(sources: list[Source], counts: Counts, how: Tokenizing, bad: BadRows) -> str:
-    name = sources[0].path if len(sources) == 1 else f"{sources[0].path} and {len(sources) - 1} more"
+    name = _name(sources)
     if bad.count and not counts.masked_rows:
         place, reason = bad.listed[0]
         return f"{name}: all {bad.count} rows are bad, the first at {place}: {reason}"
@@ -229,14 +236,15 @@ def _explain_no_labels(sources: list[Source], counts: Counts, how: Tokenizing, b
 
 def _hold_out(parts: list[Dataset], section: DataSection) -> tuple[list[Dataset], Dataset]:
     """Split rows off before sources are mixed, so that no row is both trained on and held out."""
+    names = [source.path for source in section.train]
     if all(source.weight is None for source in section.train):
-        parts = [concatenate_datasets(parts)]
+        names, parts = [_name(section.train)], [concatenate_datasets(parts)]
     kept, held_out = [], []
-    for part in parts:
+    for name, part in zip(names, parts, strict=True):
         if len(part) < 2:
             raise ValueError(
-                f"{section.train[0].path}: {len(part)} row to train on leaves none to hold out; add rows, name a file "
-                "as data.eval, or set data.eval_fraction: 0"
+                f"{name}: {len(part)} row to train on leaves none to hold out; add rows, name a file as data.eval, or "
+                "set data.eval_fraction: 0"
             )
         held = min(max(1, round(len(part) * section.eval_fraction)), len(part) - 1)
         split = part.train_test_split(test_size=held, seed=section.seed)

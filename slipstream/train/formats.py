@@ -9,7 +9,7 @@
 | text | `text` | everything |
 | pre-tokenised | `input_ids`; `labels` if any, -100 where not trained | the labels, or everything |
 
-A row may have other keys too.
+A row may have other keys too, and so may a message: its template decides. A key that is null counts as absent.
 """
 
 from collections.abc import Mapping
@@ -31,6 +31,16 @@ ALPACA = (
 KNOWN = "'messages', 'conversations', 'instruction' and 'output', 'prompt' and 'completion', 'text', or 'input_ids'"
 
 
+def drop_nulls(value: Any) -> Any:
+    """The value without the keys that are null, at any depth; Arrow gives every row the keys of all the others.
+
+    Lists keep their nulls, which Arrow does not add.
+    """
+    if isinstance(value, dict):
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def read_row(row: Any, chat: bool) -> dict[str, Any]:
     """A row of any form as `messages` (and `tools`), `prompt` and `completion`, `text`, or `input_ids` and `labels`.
 
@@ -42,8 +52,16 @@ def read_row(row: Any, chat: bool) -> dict[str, Any]:
     """
     if not isinstance(row, dict):
         raise ValueError(f"a line must be one JSON object, not {kind(row)}")
-    if "input_ids" in row:
+    if row.get("input_ids") is not None:
         return _tokens(row)
+    row = drop_nulls(row)
+    made = _read_text(row, chat)
+    for key, value in made.items():
+        _check_characters(value, key)
+    return made
+
+
+def _read_text(row: dict[str, Any], chat: bool) -> dict[str, Any]:
     for key in ("messages", "conversations"):
         if key in row:
             return _conversation(row, key)
@@ -58,6 +76,20 @@ def read_row(row: Any, chat: bool) -> dict[str, Any]:
 def kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def _check_characters(value: Any, where: str) -> None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where} holds half a character ({value[error.start]!r}, a surrogate without its other half)"
+            ) from error
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_characters(key, f"a key of {where}")
+            _check_characters(item, f"{where}.{key}" if isinstance(value, dict) else f"{where}[{key}]")
 
 
 def _string(row: dict[str, Any], key: str, beside: tuple[str, ...]) -> str:
@@ -107,7 +139,10 @@ def _conversation(row: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
-    """One message with `role`, `content`, and `tool_calls` if the assistant makes any."""
+    """One message with `role`, `content`, `tool_calls` if any, and what else the row says of it.
+
+    Templates read `reasoning_content` or `thinking`, `name`, `tool_call_id` and more.
+    """
     if not isinstance(turn, dict):
         raise ValueError(f"{where} must be an object with 'role' and 'content', not {kind(turn)}")
     speaker, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
@@ -115,7 +150,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     for key in (speaker, content):
         if key not in turn and not (key == content and calls):
             raise ValueError(f"{where}: {key!r} is missing")
-        if not isinstance(turn.get(key), str) and not (key == content and calls and turn.get(key) is None):
+        if not isinstance(turn.get(key, ""), str):
             raise ValueError(f"{where}: {key!r} must be a string, not {kind(turn[key])}")
     roles = SPEAKERS if speaker == "from" else {role: role for role in ROLES}
     if turn[speaker] not in roles:
@@ -123,7 +158,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     role = roles[turn[speaker]]
     if not turn.get(content) and role in ("user", "assistant") and not calls:
         raise ValueError(f"{where}: {content!r} is empty")
-    return {"role": role, "content": turn.get(content) or "", **({"tool_calls": calls} if calls else {})}
+    others = {key: value for key, value in turn.items() if key not in ("from", "value", "tool_calls")}
+    return {**others, "role": role, "content": turn.get(content) or "", **({"tool_calls": calls} if calls else {})}
 
 
 def _tokens(row: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +173,9 @@ def _tokens(row: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key!r} must hold whole numbers")
     if not ids:
         raise ValueError("'input_ids' is empty")
-    if min(ids) < 0:
-        raise ValueError(f"'input_ids' holds {min(ids)}; ids are 0 or more")
+    for extreme in (min(ids), max(ids)):
+        if not 0 <= extreme < 2**31:
+            raise ValueError(f"'input_ids' holds {extreme}; ids are 0 or more, and below 2**31")
     if labels is not None:
         if len(labels) != len(ids):
             raise ValueError(f"'labels' has {len(labels)} entries and 'input_ids' {len(ids)}; they go together")
@@ -169,12 +206,14 @@ class RowMap:
         """Raises: ValueError where the row lacks a column or has it of another type."""
         if not isinstance(row, dict):
             raise ValueError(f"a line must be one JSON object, not {kind(row)}")
-        made = {}
+        made, columns = {}, drop_nulls(row)
         for key, template in self.templates.items():
             try:
-                made[key] = template.render(row)
+                made[key] = template.render(columns)
             except (TemplateError, TypeError, ValueError, LookupError) as error:
-                raise ValueError(f"data.map.{key}: {error} (columns: {', '.join(row)})") from error
+                nulls = [name for name in row if name not in columns]
+                absent = f"; null, which counts as absent: {', '.join(nulls)}" if nulls else ""
+                raise ValueError(f"data.map.{key}: {error} (columns: {', '.join(columns)}{absent})") from error
         if "user" not in made:
             return made
         roles = [role for role in ("system", "user", "assistant") if made.get(role)]

@@ -1,6 +1,6 @@
 """Rows to token ids, and which of them are trained on: the assistant's turns, found without markers in the template."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 class UnstableTemplateError(ValueError):
-    """A conversation's beginning is rendered differently once later turns follow, so turns cannot be told apart."""
+    """What the template renders of a part of a conversation is not how the whole begins: turns cannot be told apart."""
 
 
 class Tokens(NamedTuple):
@@ -59,8 +59,6 @@ def encode_rows(
             made.append(_render(row, tokenizer, template))
         except ValueError as error:
             made.append(error)
-        except TemplateError as error:
-            made.append(ValueError(str(error)))
     for special_tokens in (False, True):
         places = [i for i, x in enumerate(made) if isinstance(x, _Text) and x.special_tokens == special_tokens]
         texts = [made[i] for i in places]
@@ -80,16 +78,24 @@ def _render(row: Row, tokenizer: PreTrainedTokenizerBase, template: str | None) 
     if template is None:
         raise ValueError("'messages' need a chat template and the tokenizer has none; name one as data.chat_template")
     if has_generation_markers(template):
-        encoded: Any = tokenizer.apply_chat_template(
-            row["messages"],
-            tools=row.get("tools"),
-            chat_template=template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+        encoded = _apply_template(
+            row["messages"], tokenizer, template, row.get("tools"), return_dict=True, return_assistant_tokens_mask=True
         )
         return Tokens(np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], dtype=bool))
     text, spans = assistant_spans(row["messages"], tokenizer, template, row.get("tools"))
     return _Text(text, spans, False)
+
+
+def _apply_template(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str, tools: Any, **kwargs: Any
+) -> Any:
+    """Raises: ValueError when the template refuses the messages, or was not written for such."""
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, **kwargs)
+    except TemplateError as error:
+        raise ValueError(str(error)) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"the chat template fails at this row: {type(error).__name__}: {error}") from error
 
 
 def assistant_spans(
@@ -99,21 +105,20 @@ def assistant_spans(
 
     Needs no `{% generation %}` markers: turn i starts where the turns before it plus the generation prompt end, and
     ends where the turns up to it end.
+
+    Raises: ValueError when the template refuses the conversation; UnstableTemplateError.
     """
 
     def render(turns: list[dict[str, Any]], prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                turns, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=prompt
-            )
-        )
+        return str(_apply_template(turns, tokenizer, template, tools, tokenize=False, add_generation_prompt=prompt))
 
     text = render(messages, False)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, upto = render(messages[:index], True), render(messages[: index + 1], False)
+        before = render(messages[:index], True) if index else _opening(text, render)
+        upto = render(messages[: index + 1], False)
         if not (text.startswith(before) and text.startswith(upto)):
             raise UnstableTemplateError(
                 f"the chat template renders what leads to messages[{index}] differently once later turns follow, so "
@@ -122,6 +127,27 @@ def assistant_spans(
             )
         spans.append((len(before), len(upto)))
     return text, spans
+
+
+def _opening(text: str, render: Callable[[list[dict[str, Any]], bool], str]) -> str:
+    """What leads to the turn of an assistant who speaks first: there are no turns before it that could be rendered.
+
+    It is what the template writes ahead of any first turn, a default system prompt for instance, and the generation
+    prompt.
+    """
+    other = [{"role": "user", "content": "\0"}]
+    given, prompted = render(other, False), render(other, True)
+    pairs = enumerate(zip(given, text, strict=False))
+    shared = next((place for place, (a, b) in pairs if a != b), min(len(given), len(text)))
+    prompt = prompted.removeprefix(given)
+    start = text.rfind(prompt, 0, shared + len(prompt))
+    if start < 0:
+        raise UnstableTemplateError(
+            "the conversation begins with the assistant, and the chat template does not render messages[0] as it does "
+            "an answer, so the assistant's tokens cannot be told apart; name a template with {% generation %} markers "
+            "as data.chat_template, or begin with a turn of the user"
+        )
+    return text[: start + len(prompt)]
 
 
 def _tokenize(texts: Sequence[_Text], tokenizer: PreTrainedTokenizerBase, special_tokens: bool) -> list[Tokens]:

@@ -64,7 +64,7 @@ def preview(recipe: Recipe, rows: int | None = None) -> Preview:
     Raises: ValueError as `slipstream.train.run.prepare` does for model and data.
     """
     check_sources(recipe.data)
-    config, tokenizer, notes = load_config_and_tokenizer(recipe.model, stand_in=True)
+    config, tokenizer, notes = load_config_and_tokenizer(recipe, stand_in=True)
     recipe = resolve(recipe, config)
     vocab_size, max_length = config.get_text_config().vocab_size, recipe.data.max_length
     assert max_length is not None

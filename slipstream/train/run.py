@@ -210,7 +210,7 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
     output, source = Path(recipe.train.output_dir), Path(section.name_or_path or section.config or "")
     check_output_folder(output, [source], overwrite, "train.output_dir")
     check_sources(recipe.data)
-    config, tokenizer, notes = load_config_and_tokenizer(section, stand_in=dry_run)
+    config, tokenizer, notes = load_config_and_tokenizer(recipe, stand_in=dry_run)
     recipe = resolve(recipe, config)
     section = recipe.model
     if recipe.data.packing:
@@ -229,8 +229,6 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
     if recipe.lora is not None and recipe.lora.load_in_4bit:
         quantization.check(config, BackendConfig.of(section.backend), setup)
         load_kwargs["load_in_4bit"] = True
-    if recipe.data.chat_template is not None:
-        tokenizer.chat_template = Path(recipe.data.chat_template).read_text(encoding="utf-8")
     assert recipe.data.max_length is not None
     data = load_data(recipe.data, tokenizer, recipe.data.max_length, config.get_text_config().vocab_size)
     data.notes[:0] = notes

@@ -72,6 +72,8 @@ def check_sources(section: DataSection) -> None:
     """Raises: ValueError when a file that the recipe names does not exist, or its templates are not valid."""
     for source in [*section.train, *(section.eval or [])]:
         find_files(source.path)
+    if section.chat_template is not None and not Path(section.chat_template).is_file():
+        raise ValueError(f"data.chat_template: no such file: {section.chat_template}")
     if section.map is not None:
         RowMap(section.map)
 
@@ -101,7 +103,7 @@ def read_files(
                 continue
             try:
                 yield place, read_row(mapped(row) if mapped else row, chat)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 bad.add(place, str(error))
 
 
@@ -117,6 +119,8 @@ def _jsonl(path: Path) -> Iterator[Placed]:
                 yield place, Unreadable(f"not UTF-8 text ({error.reason})")
             except json.JSONDecodeError as error:
                 yield place, Unreadable(f"not valid JSON: {error.msg} (column {error.colno})")
+            except (ValueError, RecursionError) as error:  # a number of too many digits, brackets in too many brackets
+                yield place, Unreadable(f"not readable JSON: {error}")
 
 
 def _json(path: Path) -> Iterator[Placed]:
@@ -128,13 +132,14 @@ def _json(path: Path) -> Iterator[Placed]:
         return
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     for index, row in enumerate(rows):
         yield f"{path}[{index}]", row
 
 
 def _csv(path: Path) -> Iterator[Placed]:
+    csv.field_size_limit(2**31 - 1)  # else 131,072 characters, less than a document may have
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         line = 1
@@ -144,7 +149,7 @@ def _csv(path: Path) -> Iterator[Placed]:
                 if None in row:
                     yield place, Unreadable(f"more cells than the {len(reader.fieldnames or ())} columns of the header")
                 else:
-                    yield place, {key: value for key, value in row.items() if value is not None}
+                    yield place, row
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}:{line + 1}: not valid CSV: {error}") from error
 
@@ -156,9 +161,8 @@ def _parquet(path: Path) -> Iterator[Placed]:
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
-                    # Arrow fills the keys that a row lacks, since all rows have the same.
-                    yield f"{path}: row {number}", {key: value for key, value in row.items() if value is not None}
-    except pyarrow.ArrowException as error:
+                    yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a Parquet file, or a damaged one: {error}") from error
 
 

@@ -39,7 +39,7 @@ def load(
         ('{"messages": []}', "'messages' is empty"),
         ('{"messages": ["hi"]}', "messages[0] must be an object with 'role' and 'content', not a string"),
         ('{"messages": [{"role": "user"}]}', "messages[0]: 'content' is missing"),
-        ('{"messages": [{"role": "user", "content": null}]}', "messages[0]: 'content' must be a string, not null"),
+        ('{"messages": [{"role": "user", "content": null}]}', "messages[0]: 'content' is missing"),
         ('{"messages": [{"role": "user", "content": ""}]}', "messages[0]: 'content' is empty"),
         (
             '{"messages": [{"role": "gpt", "content": "hi"}]}',
@@ -48,6 +48,12 @@ def load(
         ('{"prompt": "a"}', "'completion' is missing beside 'prompt'"),
         ('{"text": 3}', "'text' must be a string, not a number"),
         ('{"text": ""}', "'text' is empty"),
+        ('{"text": "a \\ud83d"}', "text holds half a character ('\\ud83d', a surrogate without its other half)"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "name": "\\ude00"}]}',
+            "messages[0].name holds half a character ('\\ude00', a surrogate without its other half)",
+        ),
+        ('{"input_ids": [1, 99999999999]}', "'input_ids' holds 99999999999; ids are 0 or more, and below 2**31"),
     ],
 )
 def test_malformed_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, line: str, message: str) -> None:
@@ -64,12 +70,25 @@ def test_line_that_is_not_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFas
         load(tokenizer, path)
 
 
+def test_line_that_is_nested_too_deeply(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", ["[" * 10**5 + "]" * 10**5])
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: not readable JSON: "):
+        load(tokenizer, path)
+
+
 def test_template_that_refuses_a_conversation(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = write_jsonl(tmp_path / "rows.jsonl", [ANSWERED])
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: roles must alternate"):
         load(tokenizer, path)
+    tokenizer.chat_template = CHATML.replace("'<|im_end|>", "message.get('tool_calls', '') + '<|im_end|>")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
+    write_jsonl(path, [ANSWERED, {"messages": [*CONVERSATIONS[0][:2], call]}])
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: the chat template fails at this row: TypeError: can only"):
+        load(tokenizer, path)
+    assert load(tokenizer, path, on_bad_row="skip").counts.bad_rows == 1
+    write_jsonl(path, [ANSWERED])
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*name one as data\.chat_template"):
         load(tokenizer, path)
@@ -118,6 +137,21 @@ def test_unknown_unstable_template_is_refused(tmp_path: Path) -> None:
     tokenizer.chat_template = UNSTABLE
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: the chat template renders .*messages\[2\].*generation"):
         load(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [ANSWERED]))
+
+
+def test_variant_keeps_the_reasoning_of_earlier_turns(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = qwen3_chat_template
+    turns = [turn | {"reasoning_content": f"Why {i}."} for i, turn in enumerate(CONVERSATIONS[0])]
+    data = load(tokenizer, write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}]), max_length=1000)
+    answers = [text for text, trained in trained_segments(data.train[0], tokenizer) if trained]
+    assert [answer.split("</think>")[0] for answer in answers] == [f"<think>\nWhy {i}.\n" for i in (2, 4)]
+
+
+def test_cells_of_any_length(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "long " * 30_000 + "\n")
+    assert load(tokenizer, path, max_length=10**6).counts.tokens > 30_000
 
 
 def test_truncation_is_counted_and_masked_rows_left_out(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -180,6 +214,12 @@ def test_weights_mix_sources_and_no_row_is_on_both_sides(tmp_path: Path, tokeniz
     assert len(set(train)) == 198  # each row is seen, those of the small source again and again
     assert sum("few" in text for text in train) / len(train) == pytest.approx(0.75, abs=0.05)
     assert load(tokenizer, train=sources, eval_fraction=0.1).train[:] == data.train[:]
+    write_jsonl(many, [{"text": "one"}])
+    with pytest.raises(ValueError, match=r"many\.jsonl: 1 row to train on leaves none to hold out"):
+        load(tokenizer, train=sources, eval_fraction=0.1)
+    write_jsonl(many, [{"input_ids": [3, 4], "labels": [IGNORE, IGNORE]}])
+    with pytest.raises(ValueError, match=r"many\.jsonl: no row with a token to train on"):
+        load(tokenizer, train=sources)
 
 
 @pytest.mark.parametrize(("excess", "kept"), [("truncate", [4, 8]), ("drop", [4]), ("split", [4, 8, 8, 5])])

@@ -88,6 +88,8 @@ DATA = [
            files={"rows.csv": "prompt,completion\n1 + 1 =, 2\n2 + 2 =, 4, 5\n"}),
     Broken("a damaged Parquet file", overrides=["data.train=rows.parquet"], files={"rows.parquet": b"PAR1 no more"}),
     Broken("a map over a column that is not there", overrides=["data.map={text: '{{ body }}'}"]),
+    Broken("a chat template that is not there", overrides=["data.chat_template=nowhere.jinja"]),
+    Broken("text cut inside a character", files={ROWS: '{"text": "a \\ud83d"}\n'}),
     Broken("one row, and one to hold out", files={ROWS: GOOD}),
 ]  # fmt: skip
 

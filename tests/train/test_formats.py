@@ -43,6 +43,10 @@ MARKED = ["cohere", "cohere2", "diffusion_gemma", "gemma", "gemma3", "glm4moe", 
             {"messages": TURNS},
         ),
         ({"conversations": TURNS}, {"messages": TURNS}),
+        (
+            {"conversations": [{"from": "human", "value": "?", "role": None}, {"from": "gpt", "value": "!", "id": 1}]},
+            {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!", "id": 1}]},
+        ),
         ({"instruction": "1 + 1?", "input": "", "output": "2.", "system": "Be brief."}, {"messages": TURNS}),
         (
             {"instruction": "Add.", "input": "1, 1", "output": "2."},
@@ -50,12 +54,11 @@ MARKED = ["cohere", "cohere2", "diffusion_gemma", "gemma", "gemma3", "glm4moe", 
         ),
         ({"prompt": "a", "completion": "b", "text": None}, {"prompt": "a", "completion": "b"}),
         ({"text": "a"}, {"text": "a"}),
+        ({"input_ids": None, "messages": None, "instruction": None, "text": "a"}, {"text": "a"}),
         ({"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": None}),
     ],
 )
 def test_forms(row: dict[str, Any], expected: dict[str, Any]) -> None:
-    if row.get("text", "") is None:
-        row = {key: value for key, value in row.items() if value is not None}
     assert read_row(row, chat=True) == expected
 
 
@@ -70,6 +73,70 @@ def test_tool_calls_and_tools_reach_the_template() -> None:
     text, spans = assistant_spans(row["messages"], tokenizer, tokenizer.chat_template, row["tools"])
     assert text == "1<system>Be brief.<user>1 + 1?<assistant>add<tool>2"
     assert [text[a:b] for a, b in spans] == ["add"]
+
+
+def test_what_else_a_message_says_reaches_the_template() -> None:
+    turns = [
+        {"role": "user", "content": "1 + 1?", "name": "Ann"},
+        {"role": "assistant", "reasoning_content": "Add.", "tool_calls": [{"id": "c1", "function": {"name": "add"}}]},
+        {"role": "tool", "content": "2", "tool_call_id": "c1", "name": None},
+        {"role": "assistant", "content": "2.", "reasoning_content": "As it says.", "tool_calls": []},
+    ]
+    messages, tokenizer = read_row({"messages": turns}, True)["messages"], make_tokenizer()
+    assert messages[0] == turns[0]
+    assert "name" not in messages[2]
+    assert "tool_calls" not in messages[3]
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+        "{% if m.role == 'tool' %}{{ m.tool_call_id + ':' }}{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    text, spans = assistant_spans(messages, tokenizer, template)
+    assert text == "<user>1 + 1?<assistant>(Add.)<tool>c1:2<assistant>(As it says.)2."
+    assert [text[a:b] for a, b in spans] == ["(Add.)", "(As it says.)2."]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen3", "<think>\nAdd.\n</think>\n\n2.<|im_end|>\n"),
+        (
+            "gptoss",
+            "<|channel|>analysis<|message|>Add.<|end|><|start|>assistant<|channel|>final<|message|>2.<|return|>",
+        ),
+    ],
+)
+def test_reasoning_is_trained(name: str, expected: str) -> None:
+    """And where a template drops that of earlier turns, these cannot be told apart."""
+    answer = {"role": "assistant", "content": "2.", "reasoning_content": "Add.", "thinking": "Add."}
+    template, tokenizer = (TEMPLATES / f"{name}.jinja").read_text(), make_tokenizer()
+    messages = read_row({"messages": [TURNS[1], answer]}, True)["messages"]
+    text, spans = assistant_spans(messages, tokenizer, template)
+    assert [text[a:b] for a, b in spans] == [expected]
+    with pytest.raises(UnstableTemplateError, match=r"messages\[1\] differently"):
+        assistant_spans(messages * 2, tokenizer, template)
+
+
+@pytest.mark.parametrize("name", ["glm4moe", "lfm2", "llama3", "qwen2_5_vl", "qwen3"])
+def test_an_assistant_who_speaks_first(name: str) -> None:
+    """qwen2_5_vl writes a system prompt of its own ahead."""
+    template, tokenizer = (TEMPLATES / f"{name}_training.jinja").read_text(), make_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    for turns in ([TURNS[2]], [TURNS[2], *TURNS[1:]]):
+        text, spans = assistant_spans(turns, tokenizer, template)
+        marked = encode({"messages": turns}, tokenizer, template)
+        derived = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        inside = [any(a < end and start < b for a, b in spans) for start, end in derived]
+        assert inside == marked.trained.tolist()
+
+
+def test_an_assistant_who_speaks_first_without_the_generation_prompt() -> None:
+    tokenizer, turns = make_tokenizer(), [TURNS[2], *TURNS[1:]]
+    bare = CHATML.partition("{% if")[0]
+    text, spans = assistant_spans(turns, tokenizer, "Date: today\n{{ '' }}" + bare.replace("<|im_start|>", ""))
+    assert [text[a:b] for a, b in spans] == ["assistant\n2.<|im_end|>\n"] * 2
+    with pytest.raises(UnstableTemplateError, match="begins with the assistant"):
+        assistant_spans(turns, tokenizer, CHATML.replace("assistant\n", "assistant\n<think>"))
 
 
 def test_alpaca_without_a_chat_template() -> None:
@@ -142,6 +209,25 @@ def test_nested_parquet_and_text_files(tmp_path: Path) -> None:
     assert find_files(str(tmp_path)) == [tmp_path / "a.parquet", tmp_path / "b.txt", tmp_path / "sub" / "c.txt"]
 
 
+def test_arrow_and_json_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow gives each row, message and call the keys of all others; a null in JSON counts as absent too."""
+    arguments = [{"city": "Bern"}, {"x": 1, "options": [{"a": None}, {"b": 2}]}, {}]
+    rows: list[dict[str, Any]] = [{"text": "a", "messages": None}]
+    for values in arguments:
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": values}}]}
+        rows.append({"messages": [*TURNS, call]})
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    table = pa.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    monkeypatch.setattr(sources.datasets, "load_dataset", lambda *args, **kwargs: table.to_pylist())
+    expected = [row for _, row in placed(path)]
+    assert expected[0] == {"text": "a"}
+    made = [row["messages"][-1]["tool_calls"][0]["function"]["arguments"] for row in expected[1:]]
+    assert made == [{"city": "Bern"}, {"x": 1, "options": [{}, {"b": 2}]}, {}]
+    for source in (tmp_path / "a.parquet", Path("org/name")):
+        assert [row for _, row in placed(source)] == expected
+
+
 def test_a_hub_name_is_loaded_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
@@ -170,6 +256,8 @@ def test_map_makes_chats_and_is_sandboxed() -> None:
     row = {"q": "1 + 1?", "a": 2, "s": ""}
     mapped = RowMap({"system": "{{ s }}", "user": "{{ q }}", "assistant": "{{ a }}."})
     assert mapped(row) == {"messages": TURNS[1:]}
+    with pytest.raises(ValueError, match=r"'q' is undefined \(columns: a, s; null, which counts as absent: q\)"):
+        mapped({"q": None, "a": 2, "s": ""})
     with pytest.raises(ValueError, match=r"data\.map\.text: not a valid Jinja template"):
         RowMap({"text": "{{ q"})
     with pytest.raises(ValueError, match=r"data\.map\.text: .*unsafe"):

@@ -21,7 +21,7 @@ from slipstream.train.byte_tokenizer import byte_tokenizer
 from slipstream.train.preview import histogram, preview, token_segments
 from slipstream.train.recipe_file import load_recipe
 from slipstream.train.run import prepare, run
-from tests.train.tiny_chat import CONVERSATIONS, write_jsonl, write_recipe
+from tests.train.tiny_chat import CHATML, CONVERSATIONS, write_jsonl, write_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPES = {"num_hidden_layers": 2, "hidden_size": 32, "moe_intermediate_size": 16, "num_experts": 4, "head_dim": 8,
@@ -186,6 +186,15 @@ def test_preview_counts_what_is_there(tmp_path: Path, checkpoint: Path) -> None:
     assert (found.packed_rows, found.packing) == (12, 1.0)
     assert found.padding == 1.0
     assert len(preview(load_recipe(recipe)[0], rows=4).rows) == 3  # one of four is held out
+
+
+def test_preview_renders_with_the_recipes_template(tmp_path: Path, checkpoint: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(CHATML.replace("<|im_start|>", "<|im_start|>own "))
+    recipe, _ = load_recipe(write_recipe(tmp_path, checkpoint, data={"chat_template": str(template)}))
+    found = preview(recipe)
+    assert found.rows[:] == prepare(recipe, overwrite=False).data.train[:]
+    assert "<|im_start|>own user" in found.tokenizer.decode(found.rows[0]["input_ids"])
 
 
 def test_preview_on_the_screen(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
