@@ -8,6 +8,7 @@ Dims: B batch, S sequence, T = B * S tokens, H hidden, V vocabulary.
 
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from slipstream import hf
@@ -31,8 +33,8 @@ _deferring: ContextVar[bool] = ContextVar("slipstream_deferring_logits", default
 class DeferredLogits(torch.Tensor):
     """The logits `head(hidden)`, `[B, S, V]`, not computed yet.
 
-    `.float()`, a scalar `*` or `/`, `tanh` and a slice of the vocabulary are remembered; any other use computes the
-    tensor once and goes on with it, gradients included.
+    `.float()`, a scalar `*` or `/`, `tanh`, a slice of the vocabulary and hooks on the gradient are remembered; any
+    other use computes the tensor once and goes on with it, as the forward would have: with a graph if that had one.
     """
 
     hidden: torch.Tensor
@@ -57,7 +59,9 @@ class DeferredLogits(torch.Tensor):
     ) -> None:
         self.hidden, self.head = hidden, head
         self.transform = transform or Transform(head.weight.shape[0])
-        self._weight_version = head.weight._version
+        self._weight = _state_of(head.weight)
+        self._has_graph = torch.is_grad_enabled()
+        self._hooks: OrderedDict[int, Any] = OrderedDict()
         self._tensor: torch.Tensor | None = None
 
     def materialize(self) -> torch.Tensor:
@@ -67,20 +71,46 @@ class DeferredLogits(torch.Tensor):
             RuntimeError: the head's weights have changed since the forward pass.
         """
         if self._tensor is None:
-            if self.head.weight._version != self._weight_version:
+            if _state_of(self.head.weight) != self._weight:
                 raise RuntimeError(
                     "these logits were never computed and the output head has changed since (optimizer.step()?): "
                     "read out.logits before the step, or load the model with backend=BackendConfig(loss='transformers')"
                 )
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(self._has_graph):
                 logits = F.linear(self.hidden, self.head.weight, self.head.bias)
                 self._tensor = self.transform.apply(logits.to(self.dtype))
+            if self._hooks:
+                self._tensor.register_hook(self._call_hooks)
         return self._tensor
+
+    def _follows(self) -> bool:
+        """Whether the tensor requires a gradient, or will."""
+        if self._tensor is not None:
+            return self._tensor.requires_grad
+        return self._has_graph and (self.hidden.requires_grad or self.head.weight.requires_grad)
+
+    def _remember(self, hook: Any) -> RemovableHandle:
+        """FSDP2 puts a hook on all that a model returns: nobody may read these logits after all."""
+        if not self._follows():
+            raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        return handle
+
+    def _call_hooks(self, grad: torch.Tensor) -> torch.Tensor:
+        for hook in list(self._hooks.values()):
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})
+        if func == _REQUIRES_GRAD:
+            return args[0]._follows()
+        if func == torch.Tensor.register_hook and args[0]._tensor is None:
+            return args[0]._remember(*args[1:], **(kwargs or {}))
         if (
             not kwargs
             and args
@@ -99,12 +129,14 @@ class DeferredLogits(torch.Tensor):
         return func(*args, **kwargs)
 
 
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _METADATA = {
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
     torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
     torch.Tensor.device.__get__,  # type: ignore[attr-defined]
     torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
     torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    torch.Tensor._base.__get__,  # type: ignore[attr-defined, union-attr]
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.numel,
@@ -113,8 +145,15 @@ _METADATA = {
 }
 
 
+def _state_of(weight: torch.Tensor) -> tuple[int, ...]:
+    """Another when the weight is, changed in place or by another tensor or shard of one in its place."""
+    return id(weight), weight._version, weight.data_ptr() if type(weight) is torch.nn.Parameter else 0
+
+
 def _defer_op(func: Any, logits: DeferredLogits, argument: Any = None, *more: Any) -> DeferredLogits | None:
     """`func(logits, argument)` as deferred logits again, or None where it has to be computed."""
+    if logits._tensor is not None:  # which may have been changed in place
+        return None
     name, transform, dtype = getattr(func, "__name__", ""), logits.transform, logits.dtype
     scalar = isinstance(argument, int | float) and not more
     if name == "float" and argument is None:
@@ -129,12 +168,16 @@ def _defer_op(func: Any, logits: DeferredLogits, argument: Any = None, *more: An
         transform = transform._replace(**{field: getattr(transform, field) * factor})
     elif name == "__getitem__" and isinstance(argument, tuple) and len(argument) == 2 and argument[0] is Ellipsis:
         columns = argument[1]
-        if not isinstance(columns, slice) or columns.start is not None or columns.step is not None or columns.stop <= 0:
+        if not isinstance(columns, slice) or columns.start is not None or columns.step is not None:
+            return None
+        if not isinstance(columns.stop, int) or columns.stop <= 0:
             return None
         transform = transform._replace(vocabulary=min(columns.stop, transform.vocabulary))
     else:
         return None
-    return DeferredLogits(logits.hidden, logits.head, transform, dtype)
+    later = DeferredLogits(logits.hidden, logits.head, transform, dtype)
+    later._weight, later._has_graph = logits._weight, logits._has_graph and later._has_graph
+    return later
 
 
 def deferred_causal_lm_loss(
@@ -197,12 +240,24 @@ def why_not_deferred(model: PreTrainedModel) -> str | None:
 
 def defer_logits(model: PreTrainedModel) -> None:
     """Give `model` the fused loss: with labels its head defers the logits, without labels nothing changes."""
-    head = model.get_output_embeddings()
+    _defer_head(model.get_output_embeddings())
+    model.forward = MethodType(_with_signature_of(type(model).forward, _takes_cache(model)), model)
+    model.loss_function = deferred_causal_lm_loss
+
+
+def _defer_head(head: Any) -> None:
     # Bound methods, because copy.deepcopy binds them anew to the copy, where a closure would keep the original's
     # weights; both named "forward", because pickle stores them by name and so restores the class's own.
-    head.forward = MethodType(_head, head)
-    model.forward = MethodType(_with_signature_of(type(model).forward), model)
-    model.loss_function = deferred_causal_lm_loss
+    plain = type(head).forward is nn.Linear.forward
+    if plain and vars(head).get("forward", head.forward) == MethodType(nn.Linear.forward, head):
+        head.forward = MethodType(_head, head)
+
+
+def _takes_cache(model: PreTrainedModel) -> bool:
+    """Whether `use_cache` may be given, by name or among the keyword arguments that go on to the decoder."""
+    outer, inner = (inspect.signature(type(m).forward).parameters for m in (model, model.get_decoder()))
+    passed_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in outer.values())
+    return "use_cache" in outer or (passed_on and "use_cache" in inner)
 
 
 def _head(self: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
@@ -215,15 +270,14 @@ _head.__name__ = "forward"
 
 
 @functools.cache
-def _with_signature_of(original: Any) -> Any:
+def _with_signature_of(original: Any, takes_cache: bool) -> Any:
     """`original`, deferring the logits where labels are given; Trainer and generate read its signature.
 
     With labels no cache of keys and values is made, unless it is asked for: nothing generates from a training step.
     """
     names = list(inspect.signature(original).parameters)
     position = names.index("labels")
-    takes_cache = "use_cache" in names
-    cache_position = names.index("use_cache") if takes_cache else 0
+    cache_position = names.index("use_cache") if "use_cache" in names else len(names)
 
     @functools.wraps(original)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -232,6 +286,7 @@ def _with_signature_of(original: Any) -> Any:
             return original(self, *args, **kwargs)
         if len(args) < cache_position and takes_cache:
             kwargs.setdefault("use_cache", False)
+        _defer_head(self.get_output_embeddings())  # resize_token_embeddings makes another
         with _defer():
             return original(self, *args, **kwargs)
 

@@ -55,6 +55,94 @@ def test_logits_read_after_the_head_changed_are_refused(pair) -> None:
         out.logits.sum()
 
 
+def test_logits_have_a_graph_where_the_forward_had_one(pair) -> None:
+    """Wherever they are read."""
+    _, ours = pair
+    ids = tiny_batch()
+    with torch.no_grad():
+        out = ours(input_ids=ids, labels=ids)
+    assert not out.logits.requires_grad
+    assert out.logits.numpy().shape == (*ids.shape, 256)
+    assert not (out.logits * 2).requires_grad
+    with torch.inference_mode():
+        out = ours(input_ids=ids, labels=ids)
+    out.logits.argmax(-1)
+    out = ours(input_ids=ids, labels=ids)
+    with torch.no_grad():
+        assert not out.logits.float().mul(2).requires_grad
+        out.logits.argmax(-1)
+    out.logits.sum().backward()
+    assert ours.lm_head.weight.grad is not None
+
+
+def test_hooks_wait_for_the_tensor(pair) -> None:
+    plain, ours = pair
+    ids = tiny_batch()
+    seen: list[str] = []
+    grads = []
+    for model in (plain, ours):
+        logits = model(input_ids=ids, labels=ids).logits
+        assert logits.requires_grad
+        assert logits._base is None or model is plain
+        logits.register_hook(lambda grad: seen.append("looked"))
+        logits.register_hook(lambda grad: grad * 3)
+        logits.register_hook(lambda grad: seen.append("removed")).remove()
+        assert model is plain or logits._tensor is None
+        logits.square().mean().backward()
+        grads.append(model.lm_head.weight.grad)
+    assert seen == ["looked"] * 2
+    torch.testing.assert_close(*grads)
+    with torch.no_grad():
+        logits = ours(input_ids=ids, labels=ids).logits
+    with pytest.raises(RuntimeError, match="doesn't require gradient"):
+        logits.register_hook(print)
+
+
+@pytest.mark.parametrize("later", [lambda z: z.float(), lambda z: z * 1.0, lambda z: z / 1.0, lambda z: z[..., :150]])
+def test_changes_in_place_stay(pair, later) -> None:
+    _, ours = pair
+    ids = tiny_batch()
+    with torch.no_grad():
+        logits = ours(input_ids=ids, labels=ids).logits
+        logits[..., :100] = -torch.inf
+        assert later(logits).softmax(-1)[..., :100].sum() == 0
+        logits.div_(2)
+        assert torch.equal(later(logits), later(logits + 0))
+
+
+def test_all_columns_and_weights_that_were_exchanged(pair) -> None:
+    _, ours = pair
+    ids = tiny_batch()
+    out = ours(input_ids=ids, labels=ids)
+    assert out.logits[..., :].shape == out.logits.shape
+    out = ours(input_ids=ids, labels=ids)
+    ours.lm_head.weight.data = torch.zeros_like(ours.lm_head.weight)  # as an average of weights is put in their place
+    with pytest.raises(RuntimeError, match="the output head has changed"):
+        out.logits.sum()
+
+
+def test_a_head_that_was_made_anew_defers(pair) -> None:
+    plain, ours = pair
+    ids = tiny_batch()
+    for model in pair:
+        model.resize_token_embeddings(300)
+    ours.load_state_dict(plain.state_dict())
+    out = ours(input_ids=ids, labels=ids)
+    assert isinstance(out.logits, DeferredLogits)
+    assert out.logits.shape[-1] == 300
+    torch.testing.assert_close(out.loss, plain(input_ids=ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "granitemoe", "granitemoehybrid"])
+def test_training_makes_no_cache(model_type: str) -> None:
+    """However `use_cache` reaches the decoder."""
+    model = slipstream.accelerate(tiny_model(model_type))
+    ids = tiny_batch()
+    assert model(input_ids=ids, labels=ids).past_key_values is None
+    assert model(input_ids=ids, labels=ids, use_cache=True).past_key_values is not None
+    assert model(input_ids=ids).past_key_values is not None
+
+
 def test_what_models_do_to_their_logits_stays_deferred(pair) -> None:
     ids = tiny_batch()
     plain, ours = (model(input_ids=ids, labels=ids).logits for model in pair)
