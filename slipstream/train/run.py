@@ -112,7 +112,7 @@ def run(
         prepared.lora.target_parameters = all_experts(model)
     output = Path(prepared.recipe.train.output_dir)
     section, timeout = prepared.recipe.checkpoint, collective_timeout(prepared.recipe, prepared.arguments)
-    checkpointer = Checkpointer(output / CHECKPOINTS, section.save_total_limit, timeout)
+    checkpointer = Checkpointer(output / CHECKPOINTS, section.save_total_limit, timeout, prepared.checkpoint)
     stop = SaveAndStop(section.save_steps, timeout)
     # The records of a model that is being replaced stay beside it until its successor is complete.
     records = output / INCOMPLETE if holds_model(output) else output
