@@ -1,4 +1,4 @@
-"""Quantised checkpoints read as plain ones: FP8 in blocks (DeepSeek-V3) and MXFP4 experts (GPT-OSS).
+"""Quantised checkpoints read as plain ones: FP8 (DeepSeek-V3) and MXFP4 experts (GPT-OSS).
 
 A tensor is dequantised when it is read, and only the part that a rank keeps: whatever splits a plain model over ranks
 while loading splits these too, nothing is ever whole in memory, and the model is an ordinary one that trains and saves.
@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 METHODS = ("fp8", "mxfp4")
 SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"
+NO_BLOCKS = (1, 1)  # a scale for the whole tensor, for each row or for each column
 # The values of 4 bits: sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0).
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # safetensors'
@@ -30,10 +31,10 @@ def method_of(config: Any) -> str | None:
 
 
 def block_of(config: Any) -> tuple[int, int]:
-    """The rows and columns of an FP8 block of the checkpoint."""
+    """The rows and columns of an FP8 block of the checkpoint; (1, 1) where it has none (`weight_block_size: null`)."""
     found = config.quantization_config
     fields = found if isinstance(found, dict) else found.to_dict()
-    rows, columns = fields.get("weight_block_size") or (128, 128)
+    rows, columns = fields.get("weight_block_size", (128, 128)) or NO_BLOCKS
     return rows, columns
 
 
@@ -71,7 +72,7 @@ def open_plain(
         dtype: of what was quantised.
         stack: keeps the files open.
 
-    Raises: ValueError for a checkpoint that is not in safetensors.
+    Raises: ValueError for a checkpoint that is not in safetensors, or whose scales do not fit its weights.
     """
     files = files_of(name_or_path, hub)
     if not files:
@@ -81,7 +82,7 @@ def open_plain(
 
 
 def plain_slices(slices: dict[str, Any], block: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
-    """`slices` of a quantised checkpoint as those of a plain one."""
+    """`slices` of a quantised checkpoint as those of a plain one; raises as `Fp8Slice`."""
     plain: dict[str, Any] = {}
     for name, found in slices.items():
         if name.endswith(SCALE) and name.removesuffix(SCALE) in slices:
@@ -91,7 +92,7 @@ def plain_slices(slices: dict[str, Any], block: tuple[int, int], dtype: torch.dt
         if name.endswith(BLOCKS) and (base := name.removesuffix(BLOCKS)) + SCALES in slices:
             plain[base] = Mxfp4Slice(found, slices[base + SCALES], dtype)
         elif name + SCALE in slices:
-            plain[name] = Fp8Slice(found, slices[name + SCALE], block, dtype)
+            plain[name] = Fp8Slice(name, found, slices[name + SCALE], block, dtype)
         else:
             plain[name] = found
     return plain
@@ -122,20 +123,36 @@ class _Slice:
 
 
 class Fp8Slice(_Slice):
-    """`weight[i, j] * scale[i // rows, j // columns]`; a block at an edge may be cut."""
+    """`weight[i, j] * scale[i // rows, j // columns]`; a block at an edge may be cut, and one scale is for everything.
 
-    def __init__(self, weight: Any, scale: Any, block: tuple[int, int], dtype: torch.dtype) -> None:
-        self.weight, self.scale, self.block, self.dtype = weight, scale, block, dtype
+    Raises: ValueError for a scale that has not one value for each block of the tensor `name`.
+    """
+
+    def __init__(self, name: str, weight: Any, scale: Any, block: tuple[int, int], dtype: torch.dtype) -> None:
+        self.weight, self.scale, self.dtype = weight, scale, dtype
         self.shape = weight.get_shape()
+        self.block = [1] * (len(self.shape) - 2) + [*block]
+        found = scale.get_shape()
+        wanted = [-(-size // of) for size, of in zip(self.shape, self.block, strict=True)]
+        needed = f"blocks of {[*block]} need {wanted}"
+        fits = found == wanted
+        if block == NO_BLOCKS:
+            needed = "without blocks each of its dims is 1 or the weight's"
+            fits = len(found) == len(wanted) and all(size in (1, of) for size, of in zip(found, wanted, strict=True))
+        if not fits and torch.Size(found).numel() != 1:
+            raise ValueError(
+                f"{name}{SCALE} is {found} for a weight of {self.shape}, and {needed}; correct weight_block_size in "
+                "the checkpoint's config.json"
+            )
 
     def read(self, spans: Spans) -> torch.Tensor:
         weight = self.weight[tuple(slice(*span) for span in spans)].float()
         scale = self.scale[...].float()
-        for dim, (span, size) in enumerate(zip(spans[-2:], self.block, strict=True), start=-2):
+        if scale.numel() == 1:
+            return (weight * scale.reshape(())).to(self.dtype)
+        for dim, (span, size) in enumerate(zip(spans, self.block, strict=True)):
             if scale.shape[dim] > 1:
                 scale = scale.index_select(dim, torch.arange(*span) // size)
-        for dim, span in enumerate(spans[:-2]):
-            scale = scale.narrow(dim, span[0], span[1] - span[0])
         return (weight * scale).to(self.dtype)
 
 

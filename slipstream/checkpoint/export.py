@@ -35,7 +35,7 @@ from slipstream.checkpoint.export_plan import (
     file_names,
     make_plan,
 )
-from slipstream.checkpoint.output import INCOMPLETE
+from slipstream.checkpoint.output import INCOMPLETE, WEIGHTS
 from slipstream.parallel.setup import rank_and_ranks
 from slipstream.parallel.units import class_of
 
@@ -44,8 +44,6 @@ T = TypeVar("T")
 ONE_FILE_BYTES = 2**30  # up to here rank 0 writes alone: parallel writing gains less than a second
 INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-# Of an earlier model: what Transformers would load instead of the new one, or beside it.
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|pytorch_model.*\.bin.*")
 
 
 def install_save(model: PreTrainedModel) -> None:
@@ -346,7 +344,8 @@ def _publish(incomplete: Path, folder: Path) -> None:
         if path in last:
             _sync(folder)
     for old in folder.iterdir():
-        obsolete = _WEIGHTS.fullmatch(old.name) or old.name == "generation_config.json"
+        # Transformers would load it instead of the new model, or beside it.
+        obsolete = WEIGHTS.fullmatch(old.name) or old.name == "generation_config.json"
         if obsolete and Path(old.name) not in new and old.is_file():
             old.unlink()
     _sync(folder)

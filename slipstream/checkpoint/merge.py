@@ -2,12 +2,13 @@
 
 File by file, so the host holds one of the base's files and the factors of one layer, whatever the model's size. What
 the adapter adds is made in the model's names, experts in blocks, and taken to the checkpoint's by Transformers' own
-conversion, which only cuts, joins and turns tensors.
+conversion, which only cuts, joins and turns tensors. A head that is the embedding gets a tensor of its own where the
+adapter changes one of both, or each in another way: adapted, they are two.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from slipstream import hf
 from slipstream.checkpoint.export import INDEX, ONE_FILE_BYTES, write_shard
 from slipstream.checkpoint.export_plan import Holding, make_plan
 from slipstream.checkpoint.output import TOKENIZER_FILES, check_output_folder, check_room, write_model
+from slipstream.checkpoint.untie import Files, key_of, nbytes, record, shared_parameters, untie
 from slipstream.shared_adapters import share_experts
 
 ADAPTER = "adapter_model.safetensors"
@@ -41,13 +43,15 @@ BOUND_OF_16_BITS = 3e-2
 
 @dataclass(frozen=True)
 class Merged:
-    """`changed` of `tensors` in `files`; with `verify` how far the logits are from those of base and adapter, and how
-    far the adapter moved them from the base's, both relative, of the median token."""
+    """`changed` of `tensors` in `files`, `untied` of which the base has as other ones too; with `verify` how far the
+    logits are from those of base and adapter, and how far the adapter moved them from the base's, both relative, of the
+    median token."""
 
     output: Path
     files: int
     tensors: int
     changed: int
+    untied: tuple[str, ...] = ()
     logit_error: float | None = None
     adapter_effect: float | None = None
 
@@ -56,6 +60,8 @@ def merge(
     adapter: str, base: str, output: Path, *, verify: bool = False, any_base: bool = False, overwrite: bool = False
 ) -> Merged:
     """Write base plus adapter to `output` as a Hugging Face checkpoint with the base's files, dtypes and config.
+
+    Only tied weights that the adapter makes differ are untied: a tensor more, and `tie_word_embeddings` false.
 
     Args:
         adapter: folder or hub id of a PEFT LoRA adapter, its tokenizer included where it has one.
@@ -77,19 +83,26 @@ def merge(
         _check_name(config.base_model_name_or_path, base, base_folder)
     files = _weight_files(base_folder)
     model = _on_meta(base_folder)
+    shared = shared_parameters(model)
     with safe_open(adapter_folder / ADAPTER, "pt") as factors:
         changes = _changes(model, config, factors, adapter_folder)
+        differing = _differing(model, shared, changes, files)
+        starts = untie(model, differing, files)
         owners = _owners(model, changes, base_folder, files)
         size = sum((base_folder / name).stat().st_size for name in files)
+        size += sum(nbytes(base_folder / name, starts[key]) for name in files for key in files[name] if key in starts)
         check_room(output, size, "--output")
         with write_model(output) as incomplete:
             for name, keys in files.items():
-                _merge_file(base_folder / name, incomplete / name, keys, owners, hf.Reversal(model), changes)
+                sources = {key: starts.get(key, key) for key in keys}
+                _merge_file(base_folder / name, incomplete / name, sources, owners, hf.Reversal(model), changes)
             _copy_rest(base_folder, adapter_folder, incomplete)
+            if differing:
+                record(incomplete, starts, files)
             error = effect = None
             if verify:
                 error, effect = _check_logits(adapter_folder, base_folder, incomplete)
-    return Merged(output, len(files), sum(map(len, files.values())), len(owners), error, effect)
+    return Merged(output, len(files), sum(map(len, files.values())), len(owners), tuple(starts), error, effect)
 
 
 @dataclass(frozen=True)
@@ -143,7 +156,7 @@ def _check_name(recorded: str | None, base: str, folder: Path) -> None:
         )
 
 
-def _weight_files(folder: Path) -> dict[str, dict[str, list[int]]]:
+def _weight_files(folder: Path) -> Files:
     """The base's files in their order, with the names and shapes of their tensors."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"--into {folder}: no config.json there; name a Hugging Face checkpoint")
@@ -168,7 +181,7 @@ def _on_meta(folder: Path) -> Any:
 
 def _changes(model: Any, config: LoraConfig, factors: Any, folder: Path) -> dict[str, _Change]:
     """What the adapter does to each of the parameters of `model`, by their names. PEFT says what adapts what."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     left = set(factors.keys())
     adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
     changes: dict[str, _Change] = {}
@@ -231,6 +244,25 @@ def _delta_of(module: Any, factors: Any, a: str, b: str) -> Callable[[tuple[int,
     return delta
 
 
+def _differing(model: Any, shared: dict[str, str], changes: dict[str, _Change], files: Files) -> dict[str, str]:
+    """Those of the `shared` parameters that need a tensor of their own; what changes alike stays in `changes` once."""
+    differing = {}
+    for name, of in shared.items():
+        stored = any(key_of(model, name) in shapes for shapes in files.values())
+        if not stored and _are_alike(changes.get(name), changes.get(of)):
+            changes.pop(name, None)
+        elif name in changes or of in changes:
+            differing[name] = of
+    return differing
+
+
+def _are_alike(one: _Change | None, other: _Change | None) -> bool:
+    if one is None or other is None or one.replaces != other.replaces:
+        return one is other
+    # The factors that PEFT ties (`ensure_weight_tying`) are each other's transposes.
+    return torch.allclose(one.make(None).float(), other.make(None).float(), rtol=1e-4, atol=1e-7)
+
+
 @dataclass(frozen=True)
 class _Part:
     """Parameters that convert together: `rows` of dim 0 or None for all, the shapes of these, and the checkpoint's
@@ -241,9 +273,7 @@ class _Part:
     renamed: dict[str, str]
 
 
-def _owners(
-    model: Any, changes: dict[str, _Change], folder: Path, files: dict[str, dict[str, list[int]]]
-) -> dict[str, _Part]:
+def _owners(model: Any, changes: dict[str, _Change], folder: Path, files: Files) -> dict[str, _Part]:
     """Of each of the checkpoint's tensors that changes, the part of the model's parameters that it comes from.
 
     Raises: ValueError where the checkpoint has no such tensor, or of another shape.
@@ -269,7 +299,7 @@ def _owners(
             if shape != [*meta.shape]:
                 raise ValueError(
                     f"--into {folder}: the adapter changes {key} {[*meta.shape]}, and the checkpoint has "
-                    f"{shape or 'no such tensor (tied to another one?)'}"
+                    f"{shape or 'no such tensor'}"
                 )
             owners[key] = part
     return owners
@@ -278,13 +308,14 @@ def _owners(
 def _merge_file(
     source: Path,
     target: Path,
-    keys: Iterable[str],
+    keys: dict[str, str],
     owners: dict[str, _Part],
     reversal: hf.Reversal,
     changes: dict[str, _Change],
 ) -> None:
+    """`keys`: of the new file's tensors, and of those of `source` that they are made from."""
     with safe_open(source, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in keys}
+        tensors = {key: file.get_tensor(of) for key, of in keys.items()}
     for part in {id(owners[key]): owners[key] for key in keys if key in owners}.values():
         for key, value in _converted(part, reversal, changes).items():
             if key not in tensors:

@@ -1,8 +1,10 @@
 """A folder that is about to hold a model: what must not be written to, and how a model arrives there whole."""
 
+import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 INCOMPLETE = ".incomplete"  # what is not whole yet: a folder of this name, or one whose name ends so
@@ -16,20 +18,37 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.*",
 )
-# Files of an earlier model that a new one replaces, or that would contradict it when it has no such file.
-REPLACED = (
-    *MODEL_FILES,
-    "*.safetensors.index.json",
-    "pytorch_model*.bin.index.json",
-    "adapter_*",
-    "generation_config.json",
-    *TOKENIZER_FILES,
-)
+# What Transformers looks for: weights and their indexes.
+WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What else an earlier model consists of, by the names under which Transformers and PEFT save it.
+_REST = {"config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors",
+         "adapter_model.bin", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model",
+         "sentencepiece.bpe.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+         "merges.txt", "chat_template.jinja", "chat_template.json"}  # fmt: skip
 
 
 def holds_model(folder: Path) -> bool:
     """Whether `folder` has a file that belongs to a Hugging Face model or adapter."""
     return any(next(folder.glob(pattern), None) for pattern in MODEL_FILES)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of the Hugging Face model or adapter in `folder`, none where it holds no model.
+
+    Not everything that may be named so: what is not known to be of a model is the user's.
+    """
+    if not holds_model(folder):
+        return []
+    names = set()
+    for index in INDEXES:
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            names |= set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+    return [
+        path
+        for path in folder.iterdir()
+        if path.is_file() and (path.name in _REST or path.name in names or WEIGHTS.fullmatch(path.name))
+    ]
 
 
 def check_output_folder(output: Path, sources: Sequence[Path], overwrite: bool, name: str) -> None:
@@ -55,9 +74,13 @@ def check_output_folder(output: Path, sources: Sequence[Path], overwrite: bool, 
 
 def check_room(output: Path, size: int, name: str) -> None:
     """Raise OSError where the disk that `output` will be on has less than `size` bytes free. `name`: of the setting."""
-    free = shutil.disk_usage(next(parent for parent in output.absolute().parents if parent.exists())).free
+    place = output.absolute()
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
     if free < size:
-        raise OSError(f"{name} {output}: {free / 1e9:.1f} GB free there, the model takes {size / 1e9:.1f}")
+        raise OSError(
+            f"{name} {output}: {free / 1e9:.1f} GB free there, the model takes {size / 1e9:.1f}; make room, or name "
+            "another folder"
+        )
 
 
 @contextmanager
@@ -83,10 +106,9 @@ def publish(output: Path) -> None:
     """Move what `output/.incomplete` holds into `output`, in place of an earlier model's files. Other files stay."""
     incomplete = output / INCOMPLETE
     new = {path.name for path in incomplete.iterdir()}
-    for pattern in REPLACED:
-        for old in output.glob(pattern):
-            if old.name not in new and old.is_file():
-                old.unlink()
+    for old in model_files(output):
+        if old.name not in new:
+            old.unlink()
     # config.json last: it is what makes a folder a model.
     for name in sorted(new, key=lambda name: (name in ("config.json", "adapter_config.json"), name)):
         (incomplete / name).replace(output / name)

@@ -1,21 +1,26 @@
 """Checkpoints that a run continues from, written by all ranks in the background.
 
     checkpoints/
-      step-000100/     checkpoint.json: step, ranks, what the caller added, every file's size; written last
+      step-000100/     checkpoint.json: run, step, ranks, what the caller added, every file's size; written last
                        .metadata, *.distcp: torch.distributed.checkpoint
       step-000200.incomplete/
       latest           the name of the newest complete one; gone once the run is over
+
+What else is in the folder stays: a run removes its own checkpoints, and those of an unfinished one that it replaces.
 
 Every tensor is stored by its parameter's name and whole shape, so any number of ranks in any layout can read it.
 """
 
 import json
 import os
+import re
 import shutil
+import uuid
 import warnings
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +50,7 @@ from slipstream.parallel.setup import failing_together, rank_and_ranks
 
 FORMAT = 1
 INFO_FILE, LATEST = "checkpoint.json", "latest"
+_UNFINISHED = re.compile(rf"step-\d+(\.replaced)?{re.escape(INCOMPLETE)}")
 
 # One process needs no process group.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -62,18 +68,36 @@ class Checkpointer:
         folder: on a file system that all ranks share.
         save_total_limit: complete checkpoints to keep, the newest; None keeps all.
         timeout: how long a rank waits for the others while one is written; None for PyTorch's default.
+        continues: the checkpoint that training goes on from. Where it is of the unfinished run in `folder`, this is the
+            same run, and all of that one's checkpoints are its own.
+
+    Attributes:
+        saved_step: of the last checkpoint that was started.
     """
 
-    def __init__(self, folder: Path, save_total_limit: int | None = None, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        save_total_limit: int | None = None,
+        timeout: timedelta | None = None,
+        continues: Path | None = None,
+    ) -> None:
         self.folder, self.save_total_limit = folder, save_total_limit
         self.rank, self.ranks = rank_and_ranks()
         # A group of its own: its collectives run in a thread, beside those of training.
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self.saved_step: int | None = None
+        unfinished = latest(folder)
+        earlier = None if unfinished is None else _run_of(unfinished)
+        same = continues is not None and _run_of(continues) == earlier
+        self._run = earlier if same and earlier is not None else uuid.uuid4().hex
+        self._replaceable = {self._run, earlier} - {None}
         if self.rank == 0:
             for left in folder.glob(f"*{INCOMPLETE}"):
-                shutil.rmtree(left)
+                if _UNFINISHED.fullmatch(left.name):
+                    shutil.rmtree(left)
 
     def save(
         self,
@@ -102,7 +126,8 @@ class Checkpointer:
         state = training_state(model, optimizer, scheduler)
         state["rank"] = {str(self.rank): Leaf((rng_state(), dict(rank_info or {})))}
         incomplete = self.folder / (checkpoint_name(step) + INCOMPLETE)
-        record = {"format": FORMAT, "step": step, "ranks": self.ranks, "info": dict(info or {})}
+        record = {"format": FORMAT, "run": self._run, "step": step, "ranks": self.ranks, "info": dict(info or {})}
+        self.saved_step = step
         self._pending = self._thread.submit(self._write_all, incomplete, state, record, dict(files or {}))
 
     def wait(self) -> None:
@@ -126,11 +151,20 @@ class Checkpointer:
         self._thread.shutdown()
 
     def finish(self, keep: bool) -> None:
-        """Say that the run is over: nothing continues it by itself any more. Without `keep` its checkpoints go."""
-        if self.rank == 0:
-            (self.folder / LATEST).unlink(missing_ok=True)
-            if not keep:
-                shutil.rmtree(self.folder, ignore_errors=True)
+        """Say that the run is over: nothing continues it by itself any more. Without `keep` its checkpoints go.
+
+        Those of other runs stay, and what is not ours.
+        """
+        if self.rank != 0:
+            return
+        if _pointed_to(self.folder) is not None:
+            (self.folder / LATEST).unlink()
+        if not keep:
+            for path in _complete(self.folder):
+                if _run_of(path) == self._run:
+                    shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # where something is left
+                self.folder.rmdir()
 
     def _write_all(
         self, incomplete: Path, state: dict[str, Any], record: dict[str, Any], files: dict[str, str]
@@ -152,7 +186,7 @@ class Checkpointer:
             complete.rename(replaced)
         incomplete.rename(complete)
         _write(self.folder / LATEST, complete.name)
-        known = _complete(self.folder)
+        known = [path for path in _complete(self.folder) if _run_of(path) in self._replaceable]
         earlier = known[: known.index(complete) + 1]  # later ones are of a run that went back
         for path in {*known} - {*earlier[-(self.save_total_limit or len(known)) :]}:
             shutil.rmtree(path)
@@ -184,10 +218,9 @@ class Resumed:
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint below `folder` of a run that is not over, or None."""
-    pointer = folder / LATEST
-    if not pointer.is_file():
+    path = _pointed_to(folder)
+    if path is None:
         return None
-    path = folder / pointer.read_text().strip()
     # Between two renames the pointer's target is missing for a moment.
     return path if (path / INFO_FILE).is_file() else next(reversed(_complete(folder)), None)
 
@@ -267,6 +300,22 @@ def load(
         same_ranks=same,
         _rng=of_ranks[rank][0] if rank in of_ranks else None,
     )
+
+
+def _pointed_to(folder: Path) -> Path | None:
+    """What `latest` names, where it is ours."""
+    pointer = folder / LATEST
+    name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    return folder / name if re.fullmatch(r"step-\d+", name) else None
+
+
+def _run_of(path: Path) -> str | None:
+    """Which run a checkpoint is of, where it says so."""
+    try:
+        found = json.loads((path / INFO_FILE).read_text()).get("run")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -33,6 +33,8 @@ def merge(
     start = time.monotonic()
     done = run(adapter, into, output, verify=verify, any_base=any_base, overwrite=overwrite)
     print(f"merged: {done.changed:,} of {done.tensors:,} tensors changed, in {done.files} files")
+    if done.untied:
+        print(f"untied: the adapter makes {', '.join(done.untied)} a tensor of its own (tie_word_embeddings: false)")
     if done.logit_error is not None:
         print(
             f"verified: logits within {done.logit_error:.1e} of base and adapter (which moved them by "

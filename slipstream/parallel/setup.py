@@ -206,21 +206,24 @@ def rank_and_ranks() -> tuple[int, int]:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """A context that every rank enters: the ValueError of the first rank that has one inside is raised on all."""
+    """A context that every rank enters: the ValueError or OSError of the first rank that has one inside is raised on
+    all."""
     import torch.distributed as dist
 
-    error: ValueError | None = None
+    error: ValueError | OSError | None = None
     try:
         yield
-    except ValueError as refused:
+    except (ValueError, OSError) as refused:
         error = refused
-    messages: list[str | None] = [None if error is None else str(error)]
+    mine = None if error is None else (isinstance(error, OSError), str(error))
+    everyone: list[tuple[bool, str] | None] = [mine]
     if rank_and_ranks()[1] > 1:
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, None if error is None else str(error))
-    first = next((message for message in messages if message is not None), None)
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    first = next((found for found in everyone if found is not None), None)
     if first is not None:
-        raise ValueError(first) if error is None else error
+        of_system, message = first
+        raise error or (OSError(message) if of_system else ValueError(message))
 
 
 def _ranks(count: int) -> str:

@@ -1,7 +1,9 @@
 """What a run writes down while it goes: one JSON object a line."""
 
 import json
+import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ PER_LAYER = "moe"  # how the names of what is logged for each layer begin
 class MetricsFile(TrainerCallback):
     """Append every log of the Trainer to a JSONL file, at once, so that it can be followed.
 
+    A disk that is full ends no training: lines wait until they can be written.
+
     A line holds `step`, `elapsed` (seconds since the callback was made), and what was logged: in training `loss`,
     `learning_rate`, `grad_norm`, `tokens_per_second`, `tokens` (so far, no padding), `memory_gib` and on a known GPU
     `mfu`; in evaluation `eval_loss`; and `samples`. What is logged for each layer as `moe/NAME/LAYER` stands together:
@@ -24,6 +28,7 @@ class MetricsFile(TrainerCallback):
         """`earlier` are lines to begin with, of the part of the run before this one; their `elapsed` goes on."""
         self.path = path
         self.start = time.perf_counter() - (earlier[-1]["elapsed"] if earlier else 0.0)
+        self._waiting = ""
         path.write_text("".join(json.dumps(line) + "\n" for line in earlier or ()))
 
     def on_log(
@@ -39,8 +44,15 @@ class MetricsFile(TrainerCallback):
     def write(self, step: int, values: Logs) -> None:
         """Append a line of the caller's own."""
         line = {"step": step, "elapsed": round(time.perf_counter() - self.start, 3), **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._waiting += json.dumps(line) + "\n"
+        whole = self.path.stat().st_size
+        try:
+            with self.path.open("a") as file:
+                file.write(self._waiting)
+            self._waiting = ""
+        except OSError as error:
+            os.truncate(self.path, whole)
+            warnings.warn(f"{self.path} cannot be written to ({error}); what is logged waits", stacklevel=2)
 
 
 def by_layer(logs: Logs) -> Logs:

@@ -49,6 +49,9 @@ class SaveAndStop(TrainerCallback):
     As a context it catches SIGTERM and SIGUSR1, which schedulers send before they take a machine away. Any rank's
     signal stops all ranks at the same step.
 
+    A signal in the last step, or later, ends nothing early: the model is about to be saved. A checkpoint is made first,
+    as there may be no time for that (`received`).
+
     Attributes:
         stopped_by: the name of the signal that ended training early, or None.
     """
@@ -78,12 +81,19 @@ class SaveAndStop(TrainerCallback):
         last = state.global_step >= state.max_steps
         if self.save_steps and (last or state.global_step % self.save_steps == 0):
             control.should_save = True
-        received = torch.tensor(self._received)
+        received = self.received()
+        if received is not None:
+            control.should_save = True
+            if not last:
+                self.stopped_by = received
+                control.should_training_stop = True
+
+    def received(self) -> str | None:
+        """The name of a signal that any rank has had so far. Call it on all ranks."""
+        number = torch.tensor(self._received)
         if self._group is not None:
-            dist.all_reduce(received, dist.ReduceOp.MAX, group=self._group)
-        if received and not last:
-            self.stopped_by = signal.Signals(int(received)).name
-            control.should_save = control.should_training_stop = True
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        return signal.Signals(int(number)).name if number else None
 
 
 def collective_timeout(recipe: Recipe, args: TrainingArguments) -> timedelta:

@@ -43,6 +43,7 @@ from slipstream.train.resume import (
     rows_per_step,
 )
 from slipstream.train.samples import Samples
+from slipstream.train.saving import check_room_for, keep, save_trained, written
 from slipstream.train.sources import check_sources
 from slipstream.train.stopping import EarlyStopping
 from slipstream.train.summary import print_resolved, print_trainable
@@ -98,6 +99,7 @@ def run(
     Returns: what came of it, or None after a dry run.
     Raises:
         ValueError, TypeError, OSError or ImportError: what to change, when the run is refused.
+        OSError: on all ranks, when the trained model could not be saved; it says what to continue from.
         StoppedBySignal: on all ranks, when training ended early.
     """
     first_rank = int(os.environ.get("RANK", "0")) == 0
@@ -112,7 +114,7 @@ def run(
         prepared.lora.target_parameters = all_experts(model)
     output = Path(prepared.recipe.train.output_dir)
     section, timeout = prepared.recipe.checkpoint, collective_timeout(prepared.recipe, prepared.arguments)
-    checkpointer = Checkpointer(output / CHECKPOINTS, section.save_total_limit, timeout)
+    checkpointer = Checkpointer(output / CHECKPOINTS, section.save_total_limit, timeout, prepared.checkpoint)
     stop = SaveAndStop(section.save_steps, timeout)
     # The records of a model that is being replaced stay beside it until its successor is complete.
     records = output / INCOMPLETE if holds_model(output) else output
@@ -142,6 +144,7 @@ def run(
     if prepared.lora:
         assert trainer.model is not None
         print_trainable(trainer.model, console)
+    check_room_for(trainer.model, output)
     before = read_info(prepared.checkpoint) if prepared.checkpoint else None
     if prepared.recipe.train.per_device_train_batch_size == AUTO:
         found = before["info"].get("micro_batch") if before else None
@@ -179,17 +182,27 @@ def run(
             _report(output, console)
             console.file.flush()
             raise stopped
+        step = trainer.state.global_step
+        continued = prepared.checkpoint if before and before["step"] == step else None
+        if stop.received() and not continued and checkpointer.saved_step != step:
+            keep(trainer)  # there may be no time for what follows
         loss_after, answer_after = _examine(trainer, samples)
-        trainer.save_model(str(output / INCOMPLETE))
+        try:
+            save_trained(trainer, output, continued)
+        except OSError:
+            _report(output, console)
+            raise
+        if error := written(checkpointer):
+            console.print(f"{error}; the model is complete")
         checkpointer.close()
-    if first_rank:
-        # Trainer's pickle, which the recipe replaces, and PEFT's empty model card.
-        for name in ("training_args.bin", "README.md"):
-            (output / INCOMPLETE / name).unlink(missing_ok=True)
-        publish(output)
-        checkpointer.finish(keep=section.save_steps is not None)
-        console.print(f"saved: {output}")
-        _report(output, console)
+        if first_rank:
+            # Trainer's pickle, which the recipe replaces, and PEFT's empty model card.
+            for name in ("training_args.bin", "README.md"):
+                (output / INCOMPLETE / name).unlink(missing_ok=True)
+            publish(output)
+            checkpointer.finish(keep=section.save_steps is not None)
+            console.print(f"saved: {output}")
+            _report(output, console)
     return RunResult(
         output_dir=output,
         steps=trainer.state.global_step,

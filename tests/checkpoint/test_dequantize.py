@@ -105,6 +105,31 @@ def test_parts_are_parts_of_the_whole(tmp_path: Path) -> None:
                 torch.testing.assert_close(found[name][...], tensor, rtol=1e-6, atol=0)
 
 
+def _slice(folder: Path, weight: torch.Tensor, scale: torch.Tensor, block: list[int] | None) -> Any:
+    save_file({"w": weight, "w_scale_inv": scale}, folder / "model.safetensors")
+    config = transformers.PreTrainedConfig(quantization_config={"quant_method": "fp8", "weight_block_size": block})
+    stack = ExitStack()
+    return dequantize.open_plain(str(folder), {}, dequantize.block_of(config), torch.float32, stack)["w"]
+
+
+@pytest.mark.parametrize("of", [(), (1,), (1, 1), (200, 1), (1, 300), (3, 200, 1), (3, 1, 1), (1, 1, 300)])
+def test_without_blocks_scales_are_broadcast(of: tuple[int, ...], tmp_path: Path) -> None:
+    shape = (3, 200, 300) if len(of) == 3 else (200, 300)
+    weight, scale = torch.randn(shape).to(torch.float8_e4m3fn), torch.rand(of) + 0.1
+    found, meant = _slice(tmp_path, weight, scale, None), weight.float() * scale
+    assert torch.equal(found[...], meant)
+    for part in (slice(1, 2), slice(0, 0)), (slice(1, 3), slice(7, 150)), (slice(2, 3), slice(130, 140), slice(1, 9)):
+        assert torch.equal(found[part[: len(shape)]], meant[part[: len(shape)]])
+
+
+def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    weight = torch.zeros(200, 300).to(torch.float8_e4m3fn)
+    assert not _slice(tmp_path, weight, torch.ones(1, 1), [128, 128])[...].any()
+    for of, block in (((2, 2), [128, 128]), ((200, 1), [128, 128]), ((200,), None), ((2, 3), None)):
+        with pytest.raises(ValueError, match=r"w_scale_inv is \[.*\] for a weight of \[200, 300\].*weight_block_size"):
+            _slice(tmp_path, weight, torch.ones(of), block)
+
+
 def test_multi_token_prediction_of_a_quantised_checkpoint(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "a", "deepseek_v3")
     meant = _quantise(tmp_path / "a", "deepseek_v3", made=True)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from slipstream.adapters import all_experts
 from slipstream.checkpoint import merge as module
 from slipstream.checkpoint.merge import merge
+from slipstream.checkpoint.untie import record
 from slipstream.cli import main
 from slipstream.shared_adapters import share_experts
 from tests.tiny_models import tiny_batch, tiny_model
@@ -37,7 +38,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def make(folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Path, Path]:
     """A base in several files, and an adapter that plain PEFT saved."""
     base, adapter = folder / "base", folder / "adapter"
-    tiny_model(model_type, None).to(dtype).save_pretrained(base, max_shard_size="200KB")
+    tied = {"tie_word_embeddings": True} if changes.pop("tied", False) else {}
+    tiny_model(model_type, None, **tied).to(dtype).save_pretrained(base, max_shard_size="200KB")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     torch.manual_seed(1)
     values = {"r": 4, "target_parameters": all_experts(model) or None, "init_lora_weights": False, **changes}
@@ -170,7 +172,47 @@ def test_what_is_not_merged(made: tuple[Path, Path], tmp_path: Path) -> None:
     assert "model.safetensors is missing" in refused(adapter, incomplete, out)
 
 
-def test_a_tied_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "unties"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True),
+        ({"target_modules": ["lm_head"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+        ({"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]}, True),
+        ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, False),
+        ({"target_modules": ["q_proj"]}, False),
+    ],
+)
+def test_a_tied_head(changes: dict[str, Any], unties: bool, tmp_path: Path) -> None:
+    """PEFT's own merge changes the shared weight in place, so the model before it is the measure."""
+    base, adapter = make(tmp_path, "llama", tied=True, **changes)
+    done = merge(str(adapter), str(base), tmp_path / "merged", verify=True)
+    assert done.untied == (("lm_head.weight",) if unties else ())
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is not unties
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+        expected = model(IDS).logits
+    assert (logits(done.output) - expected).norm() < 1e-5 * expected.norm()
+    before, after = (json.loads((path / "model.safetensors.index.json").read_text()) for path in (base, done.output))
+    assert after["weight_map"].keys() - before["weight_map"].keys() == set(done.untied)
+    assert after["metadata"]["total_size"] - before["metadata"]["total_size"] == unties * 256 * 64 * 4
+    assert {key for names in keys(done.output).values() for key in names} == after["weight_map"].keys()
+
+
+def test_a_nested_config_is_untied_too(tmp_path: Path) -> None:
+    config = {"text_config": {"model_type": "a"}, "audio_config": {"tie_word_embeddings": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    record(tmp_path, {}, {})
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "tie_word_embeddings": False,
+        "text_config": {"model_type": "a", "tie_word_embeddings": False},
+        "audio_config": {"tie_word_embeddings": True},
+    }
+
+
+def test_a_base_without_its_head(tmp_path: Path) -> None:
     base, adapter = make(tmp_path, "llama", target_modules=["lm_head"])
     weights = {}
     for name in keys(base):
@@ -179,7 +221,7 @@ def test_a_tied_head(tmp_path: Path) -> None:
     (base / "model.safetensors.index.json").unlink()
     del weights["lm_head.weight"]
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    assert "changes lm_head.weight [256, 64], and the checkpoint has no such tensor (tied" in refused(
+    assert "changes lm_head.weight [256, 64], and the checkpoint has no such tensor" in refused(
         adapter, base, tmp_path / "merged"
     )
 
