@@ -147,6 +147,8 @@ def run(
         found = before["info"].get("micro_batch") if before else None
         console.print(find_batch_size(trainer, prepared.recipe.data.max_length or 0, found))
     trainer.run_info["micro_batch"] = trainer.args.per_device_train_batch_size
+    rows_of_all = rows_per_step(prepared.recipe, trainer.args)
+    trainer.run_info["rows_at_once"] = rows_of_all // trainer.args.gradient_accumulation_steps
     if first_rank:
         earlier = metrics_until(records / METRICS_FILE, before["step"]) if before else None
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)  # of a run that was killed

@@ -157,12 +157,13 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         assert self.model is not None
         self.settle()
         self.store_flos()
+        guard = {} if self.guard is None else {"guard": self.guard.state()}
         self.checkpointer.save(
             self.state.global_step,
             self.model,
             self._bare_optimizer(),
             self.lr_scheduler,
-            info={**self.run_info, "tokens": self.tokens, "seconds": self.seconds},
+            info={**self.run_info, **guard, "tokens": self.tokens, "seconds": self.seconds},
             rank_info={"new_tokens": int(self._new_tokens), **hf_trainer.unlogged_loss(self)},
             files={TRAINER_STATE: json.dumps(dataclasses.asdict(self.state), indent=2)},
         )
@@ -179,8 +180,8 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         hf_trainer.set_unlogged_loss(self, sum(rank["loss"] for rank in ranks) / len(ranks), ranks[0]["logged_step"])
         if self._resumed.same_ranks or self.args.process_index == 0:
             self._new_tokens += sum(rank["new_tokens"] for rank in ranks)
-        if self.guard is not None:
-            self.guard.recent.extend(entry["loss"] for entry in self.state.log_history if "loss" in entry)
+        if self.guard is not None and "guard" in self._resumed.info:  # nothing looked, where it is not
+            self.guard.load_state(self._resumed.info["guard"])
         self._resumed.restore_rng()
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
