@@ -192,7 +192,9 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
             if self.guard.at_first_batch:
                 self._before_step = Snapshot(self)
             self.guard.see(inputs)
-        self._new_tokens += count_tokens(inputs)
+        tokens = count_tokens(inputs)
+        if self.args.process_index % self.get_tp_size() == 0:  # the ranks that share a layer have the same rows
+            self._new_tokens += tokens
         with hf_trainer.staying_in_training(model):
             loss = self._forward_backward(model, inputs, *args, **kwargs)
         if self.guard is not None:
