@@ -12,6 +12,7 @@ Everything of PEFT that is not public is touched here. Checked against PEFT 0.21
 
 import functools
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
@@ -78,6 +79,15 @@ def check(config: "LoraConfig") -> None:
                 f"(here {', '.join(sorted(config.target_parameters))}); set it to {without}, or name linear layers "
                 "alone in target_modules"
             )
+
+
+def check_spread(config: Any) -> None:
+    """Raise ValueError for a setting that PEFT cannot carry out on a model that FSDP2 has spread over ranks."""
+    if modules := getattr(config, "modules_to_save", None):
+        raise ValueError(
+            f"lora.modules_to_save={[*modules]}: PEFT trains copies of these modules, and what FSDP2 has spread over "
+            "ranks cannot be copied; give linear layers and embeddings adapters (target_modules), or train on one rank"
+        )
 
 
 class _AfterImport(MetaPathFinder):
@@ -306,9 +316,8 @@ def _replicated(mesh: DeviceMesh) -> list[bool]:
     return [name == "dp_replicate" for name in mesh.mesh_dim_names or ("",) * mesh.ndim]
 
 
-def _is_spread(model: Any) -> bool:
-    """Whether the model inside is one that Transformers spread over the ranks."""
-    base = model.get_base_model()  # PEFT takes any module
+def _is_spread(base: Any) -> bool:
+    """Whether `base` is a model that Transformers spread over the ranks; PEFT takes any module."""
     return dist.is_initialized() and hasattr(base, "config") and hf.is_distributed(base)
 
 
@@ -319,8 +328,12 @@ def _keeping_equal(original: Any) -> Any:
     @functools.wraps(original)
     def add(self: Any, *args: Any, **kwargs: Any) -> None:
         before = {id(parameter) for parameter in self.parameters()} if hasattr(self, "base_model") else None
+        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        spread = _is_spread(given["model"] if before is None else self.get_base_model())
+        if spread:
+            check_spread(given["peft_config"])
         original(self, *args, **kwargs)
-        if not _is_spread(self):
+        if not spread:
             return
         average: AverageGradients = vars(self).setdefault(_AVERAGED, AverageGradients())
         for parameter in self.parameters():
@@ -341,7 +354,7 @@ def _base_class(self: Any, is_prompt_tuning: bool = False) -> type[nn.Module]:
 def _save_pretrained(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        if not _is_spread(self):
+        if not _is_spread(self.get_base_model()):
             if shared_adapters.has_shared(self):
                 kwargs["state_dict"] = shared_adapters.expanded(self, kwargs.get("state_dict") or self.state_dict())
             original(self, save_directory, *args, **kwargs)

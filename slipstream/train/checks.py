@@ -115,10 +115,11 @@ def check_experts(setup: DistributedSetup, config: PreTrainedConfig) -> None:
         check_setup(setup, config)
 
 
-def lora_config(section: LoraSection | None, config: PreTrainedConfig) -> LoraConfig | None:
+def lora_config(section: LoraSection | None, config: PreTrainedConfig, setup: DistributedSetup) -> LoraConfig | None:
     """PEFT's config of the recipe's `lora`; its "all-experts" is spelled out once there is a model.
 
-    Raises: ValueError when the model has no experts, or PEFT not that setting for them.
+    Raises: ValueError when the model has no experts, or PEFT not that setting for them or for a model that is spread
+        over ranks.
     """
     if section is None:
         return None
@@ -131,6 +132,8 @@ def lora_config(section: LoraSection | None, config: PreTrainedConfig) -> LoraCo
         values["target_parameters"] = [ALL_EXPERTS]
     made = LoraConfig(task_type="CAUSAL_LM", **values)
     adapters.check(made)
+    if max(setup.ranks, setup.ep_size, setup.dp_replicate, setup.tp_size) > 1:
+        adapters.check_spread(made)
     return share_experts(made) if section.share_experts else made
 
 

@@ -30,7 +30,8 @@ SHUFFLED = 10_000  # rows of a stream that are shuffled among themselves
 class Counts:
     """What became of the rows: how many were kept, cut, left out, and how many of their tokens are trained on.
 
-    `rows` are documents; a row that is split counts as its parts. Of a stream, the first `PROBED` rows are counted.
+    `rows` are documents; a row that is split counts as its parts. `source_rows` are those of each source. Of a stream,
+    the first `PROBED` rows of each source are counted.
     """
 
     rows: int = 0
@@ -43,6 +44,7 @@ class Counts:
     masked_rows: int = 0
     bad_rows: int = 0
     packed_rows: int = 0
+    source_rows: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -198,6 +200,7 @@ def _tokenize(sources: list[Source], how: Tokenizing, bad: BadRows, limit: int |
             columns["input_ids"].append(tokens.ids)
             columns["labels"].append(np.where(tokens.trained, tokens.ids, IGNORE))
         made.append(Dataset.from_dict(columns, features=FEATURES))
+        counts.source_rows.append(len(made[-1]))
     if sources and not counts.rows:
         raise ValueError(_explain_no_labels(sources, counts, how, bad))
     if any(source.weight is not None for source in sources) and not all(map(len, made)):

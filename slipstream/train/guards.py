@@ -134,7 +134,20 @@ class StepGuard:
             (path / "step.json").write_text(json.dumps(record, indent=2) + "\n")
         self._bad_in_a_row += 1
         self._closed = [], []
-        return self.action == "stop" or self._bad_in_a_row >= ENOUGH
+        stops = self.action == "stop" or self._bad_in_a_row >= ENOUGH
+        if stops:
+            self._bad_in_a_row = 0  # whoever goes on from here counts anew
+        return stops
+
+    def state(self) -> dict[str, Any]:
+        """What it goes by, as JSON data, once every step has been accepted or rejected."""
+        return {"recent": list(self.recent), "bad_in_a_row": self._bad_in_a_row}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what `state` returned."""
+        self.recent.clear()
+        self.recent.extend(state["recent"])
+        self._bad_in_a_row = state["bad_in_a_row"]
 
     def bad_folder(self, step: int) -> Path:
         """Where the batch of a bad step is written."""

@@ -19,7 +19,7 @@ from slipstream import hf_models, hf_recurrent
 from slipstream.train.formats import IGNORE
 
 LENGTHS = "seq_lengths"  # TRL's name for the lengths of the documents of a packed row
-TOKENS = "num_tokens"  # of a packed batch, without the space left over; `count_tokens` takes it out
+TOKENS = "num_tokens"  # of a packed batch, without what is there to fill it; `count_tokens` takes it out
 PACKED_AT_ONCE = 10_000  # rows
 # Layers whose state begins anew with each document, where they call a function that `slipstream.recurrent` knows.
 RESETTING = {
@@ -116,7 +116,7 @@ class Collator(DataCollatorForLanguageModeling):
             "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": longest,
             "max_length_k": longest,
-            TOKENS: len(ids),
+            TOKENS: sum(len(row["input_ids"]) for row in examples if any(label != IGNORE for label in row["labels"])),
         }
 
 
@@ -136,5 +136,8 @@ def make_collator(tokenizer: PreTrainedTokenizerBase, max_length: int, one_shape
 
 
 def count_tokens(batch: dict[str, Any]) -> Any:
-    """The tokens of a batch, padding not counted, an int or a scalar on the device; what only counts is taken out."""
-    return batch.pop(TOKENS) if TOKENS in batch else batch["attention_mask"].sum()
+    """The tokens of a batch's rows that have labels, padding not counted, an int or a scalar on the device; what only
+    counts is taken out."""
+    if TOKENS in batch:
+        return batch.pop(TOKENS)
+    return (batch["attention_mask"] * (batch["labels"] != IGNORE).any(-1, keepdim=True)).sum()

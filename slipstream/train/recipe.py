@@ -283,7 +283,7 @@ class LoraSection(Section):
     exclude_modules: str | list[str] | None = None
     rank_pattern: dict[str, int] = Field({}, description="Name -> a rank of its own.")
     alpha_pattern: dict[str, float] = Field({}, description="Name -> a lora_alpha of its own.")
-    modules_to_save: list[str] | None = None
+    modules_to_save: list[str] | None = Field(None, description="On one rank only.")
     bias: Literal["none", "all", "lora_only"] = "none"
     share_experts: bool = Field(
         False, description="One pair of factors for all experts of a projection, instead of one for each."

@@ -15,12 +15,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from slipstream.checkpoint.resume import latest, read_info
 from slipstream.parallel.setup import DistributedSetup
 from slipstream.train.data import Counts
-from slipstream.train.recipe import Recipe
+from slipstream.train.recipe import AUTO, Recipe
 
 EXIT_REQUEUE = os.EX_TEMPFAIL  # 75: not finished; the same command again continues
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 CHECKPOINTS = "checkpoints"  # below the output folder
-# What may change between the parts of a run without changing its curve. Rows are counted, rows a step kept.
+# What may change between the parts of a run without changing its curve. Rows are counted, rows a step kept; of what
+# shares out a stream `identity` adds the number of workers.
 _FREE = {
     "model": {"attn_implementation", "trust_remote_code", "backend", "tokenizer"},
     "data": {"train", "eval", "chat_template", "on_bad_row"},
@@ -103,10 +104,19 @@ def collective_timeout(recipe: Recipe, args: TrainingArguments) -> timedelta:
 
 
 def identity(recipe: Recipe, counts: Counts) -> dict[str, Any]:
-    """What makes two runs the same: the settings that shape the loss curve, and the size of the data."""
+    """What makes two runs the same: the settings that shape the loss curve, and the sizes and weights of the data."""
     sections = recipe.model_dump(mode="json", exclude=_FREE)  # type: ignore[arg-type]
     values = {f"{name}.{key}": value for name, section in sections.items() for key, value in (section or {}).items()}
-    return {**values, "data.rows": counts.rows, "data.tokens": counts.tokens}
+    values |= {"data.rows": counts.rows, "data.tokens": counts.tokens}
+    if recipe.data.train[0].weight is not None:  # then all have one
+        values["data.train"] = [
+            f"{rows} rows of weight {source.weight:g}"
+            for source, rows in zip(recipe.data.train, counts.source_rows, strict=True)
+        ]
+    if recipe.data.streaming:
+        # Each reads files of its own.
+        values["train.dataloader_num_workers"] = max(1, recipe.train.dataloader_num_workers)
+    return values
 
 
 def find_checkpoint(recipe: Recipe, counts: Counts, overwrite: bool) -> Path | None:
@@ -157,12 +167,20 @@ def rows_per_step(recipe: Recipe, args: TrainingArguments) -> int:
 def keep_rows_per_step(path: Path, recipe: Recipe, args: TrainingArguments) -> str | None:
     """Accumulate so many micro-batches that a step has as many rows as before; what was changed, if anything.
 
-    Raises: ValueError when no whole number does.
+    Raises: ValueError when no whole number does, or when the rows would be others.
     """
-    wanted, given = read_info(path)["info"]["rows_per_step"], rows_per_step(recipe, args)
+    info = read_info(path)["info"]
+    wanted, given = info["rows_per_step"], rows_per_step(recipe, args)
+    one = given // args.gradient_accumulation_steps
+    if recipe.data.streaming and recipe.train.dataloader_num_workers > 1:
+        found = info["micro_batch"] if recipe.train.per_device_train_batch_size == AUTO else 1
+        if one * found != info["rows_at_once"]:
+            raise ValueError(
+                f"{path}: the workers take turns by micro-batches, which had {info['rows_at_once']} rows on all ranks "
+                f"and would have {one * found}: set train.per_device_train_batch_size so that they have as many"
+            )
     if wanted == given:
         return None
-    one = given // args.gradient_accumulation_steps
     if wanted % one:
         raise ValueError(
             f"{path} was made with {wanted} rows a step, and this job has {one} a micro-batch on all its ranks: set "

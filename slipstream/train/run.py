@@ -150,6 +150,8 @@ def run(
         found = before["info"].get("micro_batch") if before else None
         console.print(find_batch_size(trainer, prepared.recipe.data.max_length or 0, found))
     trainer.run_info["micro_batch"] = trainer.args.per_device_train_batch_size
+    rows_of_all = rows_per_step(prepared.recipe, trainer.args)
+    trainer.run_info["rows_at_once"] = rows_of_all // trainer.args.gradient_accumulation_steps
     if first_rank:
         earlier = metrics_until(records / METRICS_FILE, before["step"]) if before else None
         shutil.rmtree(output / INCOMPLETE, ignore_errors=True)  # of a run that was killed
@@ -245,7 +247,7 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
     assert recipe.data.max_length is not None
     data = load_data(recipe.data, tokenizer, recipe.data.max_length, config.get_text_config().vocab_size)
     data.notes[:0] = notes
-    lora = lora_config(recipe.lora, config)
+    lora = lora_config(recipe.lora, config, setup)
     checkpoint = find_checkpoint(recipe, data.counts, overwrite)
     arguments = training_arguments(recipe, data.eval is not None)
     if checkpoint is not None and (note := keep_rows_per_step(checkpoint, recipe, arguments)):

@@ -23,7 +23,7 @@ from slipstream.loss import deferred_causal_lm_loss
 from slipstream.moe.balance import check_routers
 from slipstream.optim import AdamW
 from slipstream.parallel.clip import divisor, total_grad_norm
-from slipstream.train.formats import IGNORE
+from slipstream.train.batches import SharedRows
 from slipstream.train.guards import BadStepError, StepGuard
 from slipstream.train.late import Clock, LateLog, Later, LateVerdict, Snapshot
 from slipstream.train.packing import count_tokens, make_collator
@@ -36,7 +36,7 @@ CHANGED_KEYS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 _ITEMS = "num_items_in_batch"
 
 
-class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_trainer.LogHook, SFTTrainer):
+class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_trainer.LogHook, SharedRows, SFTTrainer):
     """`SFTTrainer` on tokenized rows whose loss is the model's own, so that the logits are never built.
 
     TRL 1.16 puts a head of its own on the model (log-probabilities, entropy, accuracy), which would bypass the loss of
@@ -122,7 +122,6 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         self._new_tokens = torch.zeros((), dtype=torch.long, device=args.device)
         self._clock: Clock | None = None
         self._counted_to = 0.0
-        self._trained_per_row = 0.0
         self.checkpointer = checkpointer
         self.run_info: dict[str, Any] = {}
         self._resumed: Resumed | None = None
@@ -157,12 +156,13 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         assert self.model is not None
         self.settle()
         self.store_flos()
+        guard = {} if self.guard is None else {"guard": self.guard.state()}
         self.checkpointer.save(
             self.state.global_step,
             self.model,
             self._bare_optimizer(),
             self.lr_scheduler,
-            info={**self.run_info, "tokens": self.tokens, "seconds": self.seconds},
+            info={**self.run_info, **guard, "tokens": self.tokens, "seconds": self.seconds},
             rank_info={"new_tokens": int(self._new_tokens), **hf_trainer.unlogged_loss(self)},
             files={TRAINER_STATE: json.dumps(dataclasses.asdict(self.state), indent=2)},
         )
@@ -179,8 +179,8 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         hf_trainer.set_unlogged_loss(self, sum(rank["loss"] for rank in ranks) / len(ranks), ranks[0]["logged_step"])
         if self._resumed.same_ranks or self.args.process_index == 0:
             self._new_tokens += sum(rank["new_tokens"] for rank in ranks)
-        if self.guard is not None:
-            self.guard.recent.extend(entry["loss"] for entry in self.state.log_history if "loss" in entry)
+        if self.guard is not None and "guard" in self._resumed.info:  # nothing looked, where it is not
+            self.guard.load_state(self._resumed.info["guard"])
         self._resumed.restore_rng()
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -191,7 +191,9 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
             if self.guard.at_first_batch:
                 self._before_step = Snapshot(self)
             self.guard.see(inputs)
-        self._new_tokens += count_tokens(inputs)
+        tokens = count_tokens(inputs)
+        if self.args.process_index % self.get_tp_size() == 0:  # the ranks that share a layer have the same rows
+            self._new_tokens += tokens
         with hf_trainer.staying_in_training(model):
             loss = self._forward_backward(model, inputs, *args, **kwargs)
         if self.guard is not None:
@@ -301,7 +303,7 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         """Transformers' training loss (scalar), with the load-balancing term a mean over ranks and micro-batches."""
         self.routers.see(inputs.get("attention_mask"))
         loss, outputs = Trainer.compute_loss(
-            self, model, {**inputs, **self._model_kwargs(training=True)}, True, num_items_in_batch
+            self, model, {**inputs, **self.model_kwargs(training=True)}, True, num_items_in_batch
         )
         if self.aux_loss_enabled and num_items_in_batch is not None:
             # The model adds the term whole to each micro-batch, and Trainer multiplies the sum by the number of ranks.
@@ -312,28 +314,9 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss * (share - ranks)
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """The loss alone. Trainer weighs batches by their rows, so dividing by rows × (tokens / row) gives the mean."""
-        inputs = self._prepare_inputs(inputs)
-        kwargs = self._model_kwargs(training=False)
-        if self.model_accepts_loss_kwargs:
-            kwargs["num_items_in_batch"] = torch.tensor(len(inputs["labels"]) * self._trained_per_row)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return model(**inputs, **kwargs).loss.detach(), None, None
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.settle()
         started = time.perf_counter()
-        if not self._trained_per_row:
-            assert isinstance(self.eval_dataset, Dataset)
-            rows = self.eval_dataset["labels"]
-            self._trained_per_row = sum(label != IGNORE for row in rows for label in row[1:]) / len(rows)
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if self._clock is not None:
             self._counted_to += time.perf_counter() - started
@@ -391,7 +374,8 @@ class SlipstreamTrainer(hf_trainer.CheckpointHooks, hf_trainer.UpdateHook, hf_tr
         assert isinstance(self.optimizer, AcceleratedOptimizer)
         return self.optimizer.optimizer  # type: ignore[no-any-return]
 
-    def _model_kwargs(self, training: bool) -> dict[str, Any]:
+    def model_kwargs(self, training: bool) -> dict[str, Any]:
+        """What the model is given beside a batch."""
         router = {"output_router_logits": training and self.aux_loss_enabled} if self._router_kwarg else {}
         z_loss = {"z_loss": self.z_loss} if training and self.z_loss else {}
         return {"use_cache": False, **router, **z_loss}

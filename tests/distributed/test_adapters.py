@@ -275,12 +275,15 @@ def test_ranks_fail_together(folders: Any, tmp_path: Path) -> None:
 
 def refused(base: Path) -> str:
     model = slipstream.AutoModelForCausalLM.from_pretrained(base, distributed_setup={"ep_size": 2})
+    with pytest.raises(ValueError, match=r"modules_to_save=\['lm_head'\]: .* spread over ranks cannot be copied"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match="spread over ranks") as error:
         get_peft_model(model, LoraConfig(target_modules=[], target_parameters=["experts.down_proj_bias"]))
     return str(error.value)
 
 
-def test_biases_of_spread_experts_are_refused(folders: Any) -> None:
+def test_what_peft_cannot_do_on_several_ranks_is_refused(folders: Any) -> None:
+    """Biases of experts, and copies of modules."""
     base, _ = folders("gpt_oss")
     assert all("leave it out of target_parameters" in said for said in run_ranks(refused, 2, base))
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from slipstream.checkpoint.resume import latest
 from slipstream.train.formats import IGNORE
 from slipstream.train.guards import ENOUGH, BadStepError, StepGuard, _rows
 from slipstream.train.recipe_file import load_recipe
+from slipstream.train.resume import StoppedBySignal
 from slipstream.train.run import RunResult, run
 from slipstream.train.trainer import SlipstreamTrainer
 from tests.train.tiny_chat import write_recipe
@@ -57,6 +59,9 @@ def test_what_is_wrong_with_a_step(guard: StepGuard) -> None:
 def test_skipping_ends_when_nothing_else_is_left(guard: StepGuard) -> None:
     stops = [guard.reject(step, "bad", 0, {}) for step in range(ENOUGH)]
     assert stops == [False] * (ENOUGH - 1) + [True]
+    assert guard.state() == {"recent": [], "bad_in_a_row": 0}  # whoever goes on all the same gets as many again
+    guard.load_state({"recent": [2.0], "bad_in_a_row": ENOUGH - 2})
+    assert [guard.reject(step, "bad", 0, {}) for step in range(2)] == [False, True]
     guard.accept(1.0)
     assert not guard.reject(99, "bad", 0, {})
 
@@ -271,6 +276,25 @@ def test_a_jump_of_the_loss(tmp_path: Path, checkpoint: Path, spoil: Spoil) -> N
     spoil.batches.clear()
     fine_tune(tmp_path / "ignore", checkpoint, train={**train, "on_bad_step": "ignore"})
     assert not list((tmp_path / "ignore" / "out").glob("bad-*"))
+
+
+def test_a_jump_after_going_on(tmp_path: Path, checkpoint: Path, spoil: Spoil, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the guard goes by is in the checkpoint; the log has a part of it."""
+    changes = {"train": {"max_steps": 14, "max_loss_spike": 4.0}, "log": {"logging_steps": 7}}
+    spoil.loss([13], lambda loss: loss * 100)
+    step = SlipstreamTrainer.training_step
+
+    def training_step(trainer: SlipstreamTrainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlipstreamTrainer, "training_step", training_step)
+        with pytest.raises(StoppedBySignal, match="after step 12"):
+            fine_tune(tmp_path, checkpoint, **changes)
+    with pytest.raises(BadStepError, match=r"step 13 was not applied: .* the median of the last 12 steps"):
+        fine_tune(tmp_path, checkpoint, **changes)
 
 
 @pytest.mark.parametrize("action", ["stop", "skip"])

@@ -64,6 +64,15 @@ def test_batches_of_packed_rows_have_one_shape() -> None:
     assert count_tokens(padded) == 7
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_copies_without_labels_are_not_counted(packed: bool) -> None:
+    row = {"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3], LENGTHS: [3]}
+    rows = [row, {**row, "labels": [IGNORE] * 3}]
+    if not packed:
+        rows = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
+    assert count_tokens(Collator(pad_token_id=0, max_length=4)(rows)) == 3
+
+
 def test_space_left_over_sends_no_gradient_astray() -> None:
     """The gradients of a balanced deep model whose padding is embedded as zeros stay finite."""
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,17 @@ def test_qlora_is_refused_before_anything_is_written(tmp_path: Path, checkpoint:
     with pytest.raises(ValueError, match="load_in_4bit: experts='transformers' reads whole weights"):
         fine_tune(tmp_path, checkpoint, **changes)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("distributed", "refused"), [({"ep_size": 2}, True), ({}, False)])
+def test_modules_that_cannot_be_copied_are_refused(
+    distributed: dict[str, Any], refused: bool, tmp_path: Path, checkpoint: Path
+) -> None:
+    lora = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    recipe, _ = load_recipe(write_recipe(tmp_path, checkpoint, lora=lora, distributed=distributed))
+    message = r"lora\.modules_to_save=\['lm_head'\]: .* spread over ranks cannot be copied; give linear layers"
+    with pytest.raises(ValueError, match=message) if refused else nullcontext():
+        prepare(recipe, overwrite=False, dry_run=True)
 
 
 def disk_full() -> None:
