@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from slipstream import adapters, fp8, hf, linear_fp8, rope
+from slipstream import adapters, fp8, hf, linear_fp8
 from slipstream.attention import block_selection, head_scales
 from slipstream.attention import interface as attention
 from slipstream.backend import BackendConfig
@@ -205,7 +205,6 @@ def _compile(model: PreTrainedModel, backend: BackendConfig) -> tuple[Choice, ..
         layers = compile_layers(model, gpu_only=gpu_only)
         if not layers:
             raise ValueError(f"BackendConfig(compile='layers'): {why_not_compiled(model)}; use compile='auto'")
-        rope.install(model)
         head_scales.install(model)
         where = "on first use on a GPU" if gpu_only and not next(model.parameters()).is_cuda else "on first use"
         choices = [Choice("compile", "layers", f"{' and '.join(layers)}, {where}; one graph per kind of layer")]

@@ -188,38 +188,6 @@ def rotary_function(module: nn.Module) -> Any:
     return modelling_file(module)["apply_rotary_pos_emb"]
 
 
-def replace_equal(model: Any, name: str, function: Callable[..., Any], examples: list[tuple[Any, ...]]) -> bool:
-    """Put `function` in the place of the one called `name` in the modelling file of `model`; whether there is one with
-    the same parameters that returns exactly the same tensors for those of these `examples` that it takes."""
-    module = modelling_file(model)
-    original = unreplaced(module.get(name))
-    if original is None or _parameters(original) != _parameters(function):
-        return False
-    expected = [(arguments, _called(original, arguments)) for arguments in examples]
-    taken = [(arguments, output) for arguments, output in expected if output is not None]
-    if not taken or not all(_is_equal(output, function(*arguments)) for arguments, output in taken):
-        return False
-    module[name] = replaced(original, lambda _, *args, **kwargs: function(*args, **kwargs))
-    return True
-
-
-def _called(function: Any, arguments: tuple[Any, ...]) -> Any:
-    try:
-        return function(*arguments)
-    except (RuntimeError, IndexError):  # not made for such shapes
-        return None
-
-
-def _parameters(function: Any) -> list[tuple[str, Any]]:
-    return [(name, parameter.default) for name, parameter in inspect.signature(function).parameters.items()]
-
-
-def _is_equal(one: Any, other: Any) -> bool:
-    if isinstance(one, tuple):
-        return all(map(_is_equal, one, other))
-    return bool(one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other))
-
-
 def causal_mask(model: Any, hidden_BSH: torch.Tensor, mask: torch.Tensor | None, positions_BS: torch.Tensor) -> Any:
     """What the decoder of `model` gives its layers with full attention as `attention_mask`."""
     return create_causal_mask(
