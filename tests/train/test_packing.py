@@ -161,12 +161,14 @@ def test_attention_keeps_documents_apart(preset: str) -> None:
     check_packing(build_config(preset))
 
 
-@pytest.mark.parametrize("name", ["nemotron_h", "qwen3_next", "granitemoehybrid", "kimi_linear", "lfm2_moe", "lfm3"])
+@pytest.mark.parametrize(
+    "name", ["nemotron_h", "qwen3_next", "granitemoehybrid", "kimi_linear", "lfm2_moe", "lfm3", "minimax"]
+)
 def test_states_that_begin_anew_keep_documents_apart(name: str) -> None:
     check_packing(tiny_config(name))  # tests/recurrent/test_models.py shows that they do
 
 
-@pytest.mark.parametrize("name", ["minimax", "jamba", "inkling_text", "rwkv", "opt", "bart"])
+@pytest.mark.parametrize("name", ["jamba", "inkling_text", "rwkv", "opt", "bart"])
 def test_layers_with_a_state_are_refused(name: str) -> None:
     config: Any = AutoConfig.for_model(name)
     with pytest.raises(ValueError, match=r"data\.packing: .*; set data\.packing: false"):
