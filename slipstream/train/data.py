@@ -272,7 +272,7 @@ def _stream(how: Tokenizing) -> IterableDataset:
     """
 
     def generate(parts: list[Path | Source]) -> Iterator[dict[str, Any]]:
-        bad = BadRows(how.section.on_bad_row == "skip")
+        bad = BadRows(how.section.on_bad_row == "skip", aloud=True)
         placed = read_files(parts, how.section, how.template is not None, bad, streaming=True)
         for tokens in how.rows(placed, Counts(), bad):
             yield {"input_ids": tokens.ids, "labels": np.where(tokens.trained, tokens.ids, IGNORE)}

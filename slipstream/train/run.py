@@ -25,6 +25,7 @@ from slipstream.train.callbacks import MetricsFile, metrics_until
 from slipstream.train.checks import check_experts, check_setup, load_config_and_tokenizer, lora_config, resolve
 from slipstream.train.data import TokenizedData, load_data
 from slipstream.train.guards import BadStepError, StepGuard
+from slipstream.train.lock import check_free, held
 from slipstream.train.packing import check_packing
 from slipstream.train.progress import ProgressReport
 from slipstream.train.recipe import ALL_EXPERTS, AUTO, Recipe
@@ -104,11 +105,19 @@ def run(
     """
     first_rank = int(os.environ.get("RANK", "0")) == 0
     console = Console(file=file, quiet=not first_rank, highlight=False, markup=False, soft_wrap=True)
+    if first_rank and not dry_run:
+        check_free(Path(recipe.train.output_dir))
     prepared = prepare(recipe, overwrite, dry_run)
     print_resolved(prepared, console, dry_run)
     if dry_run:
         return None
     agree(prepared.checkpoint)
+    with held(Path(prepared.recipe.train.output_dir)):
+        return _train(prepared, console)
+
+
+def _train(prepared: Prepared, console: Console) -> RunResult:
+    first_rank = not console.quiet
     model = load_model(prepared)
     if prepared.lora and prepared.lora.target_parameters == [ALL_EXPERTS]:
         prepared.lora.target_parameters = all_experts(model)

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +30,14 @@ class Unreadable(NamedTuple):
 
 @dataclass
 class BadRows:
-    """What becomes of rows that are malformed: the first one ends the run, or all are left out, counted and listed."""
+    """What becomes of rows that are malformed: the first one ends the run, or all are left out, counted and listed.
+
+    Attributes:
+        aloud: say on stderr, on the first rank, which are left out: where nobody reads the list.
+    """
 
     skip: bool = False
+    aloud: bool = False
     count: int = 0
     listed: list[tuple[str, str]] = field(default_factory=list)
 
@@ -41,6 +48,8 @@ class BadRows:
         self.count += 1
         if len(self.listed) < LISTED:
             self.listed.append((place, reason))
+            if self.aloud and os.environ.get("RANK", "0") == "0":
+                print(f"left out: {place}: {reason}", file=sys.stderr)
 
 
 def find_files(path: str) -> list[Path] | None:

@@ -254,6 +254,19 @@ def test_bad_rows_are_left_out_on_request(tmp_path: Path) -> None:
         load(tokenizer, path, on_bad_row="skip")
 
 
+def test_bad_rows_of_a_stream_are_named_as_they_come(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*({"text": str(i)} for i in range(1200)), "{"])
+    data = load(tokenizer, path, streaming=True, on_bad_row="skip")
+    assert data.counts.bad_rows == 0  # nobody has read as far
+    assert "left out" not in capfd.readouterr().err
+    assert len([row for row, _ in zip(data.train, range(1200), strict=False)]) == 1200
+    assert f"left out: {path}:1201: not valid JSON" in capfd.readouterr().err
+    with pytest.raises(ValueError, match=r"a\.jsonl:1201: not valid JSON"):
+        list(zip(load(tokenizer, path, streaming=True).train, range(1200), strict=False))
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_stream_gives_the_rows_again_and_again(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, packing: bool, monkeypatch: pytest.MonkeyPatch
