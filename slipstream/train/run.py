@@ -179,6 +179,10 @@ def _train(prepared: Prepared, console: Console) -> RunResult:
     with stop:
         try:
             trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
+            if guard is not None and trainer.state.global_step and not guard.recent and not stop.stopped_by:
+                raise BadStepError(
+                    f"none of {trainer.state.global_step} steps was fit to be applied: nothing was trained"
+                )
         except BadStepError:
             _report(output, console)
             raise
