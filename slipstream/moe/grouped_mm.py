@@ -19,7 +19,7 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends_E: torch.Tensor, fp8: bool
     if fp8:
         return grouped_mm_fp8(a, b, ends_E)
     if all(_is_aligned(tensor) for tensor in (a, b)):
-        return F.grouped_mm(a, b, offs=ends_E)
+        return F.grouped_mm(a, b, offs=ends_E).contiguous()  # torch pads rows to 16 bytes; our kernels know of none
     ends = ends_E.tolist()
     spans = list(zip([0, *ends], ends, strict=False))
     if b.dim() == 2:
