@@ -115,7 +115,20 @@ def _tell(
             found[DOCUMENTS] = documents(tokens.shape[0], tokens.shape[1], cu_seqlens.to(tokens.device)).int()
         elif positions is not None and tokens is not None and positions.ndim == 2:
             found[DOCUMENTS] = documents_of(positions.expand(tokens.shape[0], -1))
-    return args, {**kwargs, **found}
+    told = {**kwargs, **found}
+    if told.get(DOCUMENTS) is not None and _caches(decoder, kwargs):
+        # What fills a cache is Transformers', which keeps no documents apart and refuses to hear of any. A training
+        # step fills none, so that only others wait here for the device.
+        if bool((told[DOCUMENTS] != told[DOCUMENTS][:, :1]).any()):
+            told["use_cache"] = kwargs.get("use_cache") or False
+        else:
+            del told[DOCUMENTS]
+    return args, told
+
+
+def _caches(decoder: Any, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("use_cache")
+    return bool(getattr(decoder.config, "use_cache", False) if asked is None else asked)
 
 
 def _convolution(
