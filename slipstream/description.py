@@ -1,5 +1,6 @@
 """The report of what was accelerated, what was not, and why."""
 
+import importlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,14 @@ class Acceleration:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # what torch.save(model) restores runs the class's own forward: it is not accelerated
+        return _restored, ()
+
+
+def _restored() -> None:
+    """What torch.save(model) restores runs the class's own forward: it is not accelerated. But it names our experts and
+    our attention, which have to be known."""
+    importlib.import_module("slipstream.attention.interface")
+    importlib.import_module("slipstream.moe.experts")
 
 
 @dataclass(frozen=True)

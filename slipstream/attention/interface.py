@@ -195,15 +195,16 @@ def install(model: PreTrainedModel) -> None:
     """Let `model` use this implementation; `obstacle(model)` must be None."""
     hf.let_packing_be_known(known_rows)
     decoder = model.base_model
-    decoder.register_forward_pre_hook(_enter, with_kwargs=True)
-    decoder.register_forward_hook(_leave, always_call=True)
+    if _enter not in decoder._forward_pre_hooks.values():  # pickle keeps hooks
+        decoder.register_forward_pre_hook(_enter, with_kwargs=True)
+        decoder.register_forward_hook(_leave, always_call=True)
     model.set_attn_implementation(NAME)
 
 
 @contextmanager
 def rows_known(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
     """Let layers of `model` that run outside its decoder know the rows that the decoder was called with."""
-    before = _rows.set(rows_of(inputs) if hf.attention_implementation(model) == NAME else None)
+    before = _rows.set(_rows_seen(model, inputs))
     try:
         yield
     finally:
@@ -213,7 +214,12 @@ def rows_known(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[No
 def _enter(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not torch.compiler.is_compiling():
         names = _parameters(type(decoder).forward)
-        _rows.set(rows_of({**dict(zip(names, args, strict=False)), **kwargs}))
+        _rows.set(_rows_seen(decoder, {**dict(zip(names, args, strict=False)), **kwargs}))
+
+
+def _rows_seen(model: nn.Module, inputs: Mapping[str, Any]) -> Rows | None:
+    """`rows_of`, as long as `model` has not been given another implementation: that one's masks ask nobody else."""
+    return rows_of(inputs) if hf.attention_implementation(model) == NAME else None
 
 
 def _leave(decoder: nn.Module, args: Any, output: Any) -> None:

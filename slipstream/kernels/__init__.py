@@ -13,5 +13,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 def runs_on(tensor: torch.Tensor) -> bool:
-    """Whether our Triton kernels take `tensor`: it lies on a CUDA device, or kernels are interpreted."""
-    return HAS_TRITON and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    """Whether our Triton kernels take `tensor`: it lies on a CUDA device, or kernels are interpreted. They compute in
+    fp32, so fp64 is left to the references."""
+    reachable = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return HAS_TRITON and reachable and tensor.dtype != torch.float64

@@ -155,7 +155,7 @@ def activation_backward(
         return activation_backward_reference(
             hidden_RN, bias_EN, expert_R, ends_E, grad_act_RI, slot_R, weights_TK, activation
         )
-    rows, inner = grad_act_RI.shape
+    (rows, inner), grad_act_RI = grad_act_RI.shape, grad_act_RI.contiguous()
     grad_hidden_RN = torch.empty_like(hidden_RN, memory_format=torch.contiguous_format)
     grad_weights_TK = torch.zeros_like(weights_TK, memory_format=torch.contiguous_format)
     if rows:

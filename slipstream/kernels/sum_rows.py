@@ -57,7 +57,8 @@ def sum_rows_reference(
     idx_TK: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `sum_rows` computes, a slot at a time."""
-    out_TH = torch.zeros(row_TK.shape[0], rows_RH.shape[1], dtype=torch.float32, device=rows_RH.device)
+    wide = torch.promote_types(rows_RH.dtype, torch.float32)
+    out_TH = torch.zeros(row_TK.shape[0], rows_RH.shape[1], dtype=wide, device=rows_RH.device)
     last = rows_RH.shape[0] - 1
     if not len(rows_RH):
         rows_RH = torch.nn.functional.pad(rows_RH, (0, 0, 0, 1))  # for tokens without any row to point at
@@ -65,9 +66,9 @@ def sum_rows_reference(
         row_T = row_TK[:, slot]
         part_TH = rows_RH[row_T.clamp(max=max(last, 0))]
         if bias_EH is not None and idx_TK is not None:
-            part_TH = part_TH.float() + bias_EH[idx_TK[:, slot].clamp(max=bias_EH.shape[0] - 1)]
+            part_TH = part_TH.to(wide) + bias_EH[idx_TK[:, slot].clamp(max=bias_EH.shape[0] - 1)]
         part_TH = part_TH.masked_fill((row_T > last)[:, None], 0)
-        out_TH = out_TH + (part_TH if weights_TK is None else part_TH * weights_TK[:, slot, None].float())
+        out_TH = out_TH + (part_TH if weights_TK is None else part_TH * weights_TK[:, slot, None].to(wide))
     return out_TH.to(dtype)
 
 

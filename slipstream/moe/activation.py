@@ -58,10 +58,12 @@ def _is_trainable(experts: Any) -> bool:
 
 def _find(experts: Any) -> str:
     own = own_function(experts)
-    # Numbers of all sizes, positive and negative, in an order that pairs them differently as gate and up; made on the
-    # CPU also where a default device is set.
+    # Numbers of all sizes, positive and negative, on both sides of what the module clamps at, in an order that pairs
+    # them differently as gate and up; made on the CPU also where a default device is set.
     steps = torch.arange(4096, dtype=torch.float64, device="cpu")
-    probe_RN = (12 * torch.sin(steps * 1.7) ** 3 * torch.cos(steps * 0.013)).view(64, 64)
+    wave_RN = (torch.sin(steps * 1.7) ** 3 * torch.cos(steps * 0.013)).view(64, 64)
+    limits = [limit for limit in _numbers(experts, _LIMITS) if math.isfinite(limit)]
+    probe_RN = torch.cat([size * wave_RN for size in (12, *(2 * limit for limit in limits))])
     expected = own(probe_RN)
     for candidate in _candidates(experts):
         if torch.allclose(candidate(probe_RN), expected, rtol=1e-6, atol=1e-6):
@@ -76,9 +78,12 @@ def _find(experts: Any) -> str:
     return register(name, own_function(stand_in))
 
 
+def _numbers(experts: Any, names: tuple[str, ...]) -> list[float]:
+    return [float(vars(experts)[name]) for name in names if vars(experts).get(name) is not None]
+
+
 def _candidates(experts: Any) -> list[Activation]:
-    limits = [math.inf, *(float(vars(experts)[key]) for key in _LIMITS if vars(experts).get(key) is not None)]
-    alphas = [1.0, *(float(vars(experts)[key]) for key in _ALPHAS if vars(experts).get(key) is not None)]
+    limits, alphas = [math.inf, *_numbers(experts, _LIMITS)], [1.0, *_numbers(experts, _ALPHAS)]
     gated = experts.has_gate
     offsets = (0.0, 1.0) if gated else (0.0,)
     return [

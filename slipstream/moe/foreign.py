@@ -8,6 +8,7 @@ Dims: T tokens, H hidden, K experts per token, E experts, I intermediate.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -55,7 +56,8 @@ def adapt(model: nn.Module) -> bool:
         if adapter is None:
             continue
         found = True
-        if hasattr(experts, "has_gate"):
+        was_pickled = "forward" not in vars(experts) and isinstance(getattr(experts, "config", None), AdaptedConfig)
+        if hasattr(experts, "has_gate") and not was_pickled:
             continue
         block = model.get_submodule(name.rpartition(".")[0])
         experts.config = AdaptedConfig()
@@ -63,7 +65,7 @@ def adapt(model: nn.Module) -> bool:
         experts.has_bias = experts.has_post_expert_norm = experts._is_expert_parallel = False
         experts.is_transposed = adapter.is_transposed
         experts.num_experts = getattr(experts, adapter.num_experts)
-        experts._apply_gate = MethodType(_apply_gate, experts)
+        experts._apply_gate = partial(_apply_gate, experts)
         # Bound functions named forward: they survive deepcopy, and pickle restores the class's own.
         experts.forward = MethodType(adapter.forward or forward, experts)
         if adapter.block is not None:

@@ -8,18 +8,20 @@ import torch.nn.functional as F
 
 from slipstream.fp8 import grouped_mm_fp8
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of torch's kernel
+
 
 def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends_E: torch.Tensor, fp8: bool = False) -> torch.Tensor:
     """One GEMM per expert over row groups: `[R, A] x [E, A, B] -> [R, B]`, or `[A, R] x [R, B] -> [E, A, B]`.
 
-    torch's kernel wants every leading stride to be a multiple of 16 bytes; other widths take a loop that reads
-    `ends_E` back to the host. Rows behind ends_E[-1] come out undefined. `fp8`, of the first form only, rounds both
-    operands to e4m3.
+    torch's kernel wants every leading stride to be a multiple of 16 bytes; other widths, and fp64, take a loop that
+    reads `ends_E` back to the host. Rows behind ends_E[-1] come out undefined. `fp8`, of the first form only, rounds
+    both operands to e4m3.
     """
     if fp8:
         return grouped_mm_fp8(a, b, ends_E)
-    if all(_is_aligned(tensor) for tensor in (a, b)):
-        return F.grouped_mm(a, b, offs=ends_E)
+    if a.dtype in _DTYPES and all(_is_aligned(tensor) for tensor in (a, b)):
+        return F.grouped_mm(a, b, offs=ends_E).contiguous()  # torch pads rows to 16 bytes; our kernels know of none
     ends = ends_E.tolist()
     spans = list(zip([0, *ends], ends, strict=False))
     if b.dim() == 2:

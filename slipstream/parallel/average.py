@@ -1,6 +1,7 @@
 """Gradients of what neither FSDP2 nor the exchange of tokens looks after."""
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -12,33 +13,41 @@ from slipstream import hf
 
 class AverageGradients:
     """Makes the gradients of parameters their mean over the ranks at the end of backward, all together: one by one they
-    are two launches each. Of what was averaged before, the mean is that again, so gradients may accumulate."""
+    are two launches each. Of what was averaged before, the mean is that again, so gradients may accumulate.
+
+    Ranks may reach different parameters, if each reaches one: a rank adds zeros where it reached none."""
 
     def __init__(self) -> None:
-        self._added = 0
-        self._reached: dict[int, dict[int, Tensor]] = {}  # a backward, which may be inside another -> by their number
+        self._added: list[weakref.ref[nn.Parameter]] = []  # weak, because garbage collection sees no hooks on tensors
+        self._running: set[int] = set()  # backwards, which may be inside one another
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # copies of parameters have no hooks
 
     def add(self, parameter: nn.Parameter) -> None:
         """From now on also those of `parameter`, once it trains; all ranks add the same, in the same order."""
         trains = parameter.requires_grad
         parameter.requires_grad_(True)  # or it takes no hook
-        parameter.register_post_accumulate_grad_hook(functools.partial(self._reach, self._added))
+        parameter.register_post_accumulate_grad_hook(self._reach)
         parameter.requires_grad_(trains)
         hf.mark_averaged(parameter)
-        self._added += 1
+        self._added.append(weakref.ref(parameter))
 
-    def _reach(self, number: int, parameter: Tensor) -> None:
+    def _reach(self, parameter: Tensor) -> None:
         backward = torch._C._current_graph_task_id()
-        if backward not in self._reached:
-            self._reached[backward] = {}
+        if backward not in self._running:
+            self._running.add(backward)
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(functools.partial(self._finish, backward))
-        self._reached[backward][number] = parameter
 
     def _finish(self, backward: int) -> None:
+        self._running.remove(backward)
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for _, parameter in sorted(self._reached.pop(backward).items()):  # in one order on all ranks
-            assert parameter.grad is not None
+        for parameter in (reference() for reference in self._added):
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
             by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for grads in by_dtype.values():
             flat = torch.cat([grad.flatten() for grad in grads])

@@ -119,7 +119,7 @@ def _norm_of_all(by_kind: dict[Any, list[Tensor]], norm_type: float) -> Tensor:
 
 
 def _is_large(tensor: Tensor) -> bool:
-    return tensor.numel() >= _LARGE and tensor.dtype != torch.float64 and tensor.is_contiguous() and runs_on(tensor)
+    return tensor.numel() >= _LARGE and tensor.is_contiguous() and runs_on(tensor)
 
 
 def _local(grad: Tensor) -> Tensor:

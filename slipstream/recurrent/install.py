@@ -9,7 +9,6 @@ Where mamba_ssm, causal_conv1d or fla are installed, their kernels run as in Tra
 """
 
 from collections.abc import Callable
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -21,6 +20,7 @@ from slipstream.attention.causal import documents
 from slipstream.attention.interface import known_rows
 from slipstream.attention.rows import rows_of
 from slipstream.kernels import HAS_TRITON
+from slipstream.parallel.units import class_of
 from slipstream.recurrent.convolution import causal_conv, documents_of
 from slipstream.recurrent.gated_delta import gated_delta_rule
 from slipstream.recurrent.lightning import lightning_attention
@@ -28,9 +28,11 @@ from slipstream.recurrent.mamba2 import mamba2_scan
 from slipstream.recurrent.selective_scan import channels_first
 
 DOCUMENTS = "seq_idx"  # Transformers' name for int32 ids [B, S], which mamba_ssm's and causal_conv1d's kernels take
-# Arguments that a layer hands on to the functions below: that it is one of ours, and where documents begin.
+# Arguments that a layer hands on to the functions below: that it is one of ours, and where documents begin (on a
+# decoder: whether its layers ask for that).
 OURS, BOUNDS = "slipstream_recurrent", "slipstream_bounds"
 _APART = "states begin anew with each document of a packed row"
+_changed: set[str] = set()  # modelling files of models that `install` was called for
 _ALONG = "states run along the whole row, which is never packed"
 
 
@@ -60,7 +62,11 @@ def install(model: Any) -> tuple[str, str] | None:
         return ("triton", _ALONG) if has_kernels else None
     for module in model.modules():
         hf_recurrent.set_time_step_limit(module)
-    model.get_decoder().register_forward_pre_hook(partial(_tell, bool(of_fla)), with_kwargs=True)
+    decoder = model.get_decoder()
+    _changed.add(class_of(decoder).__module__)
+    setattr(decoder, BOUNDS, bool(of_fla))
+    if _tell not in decoder._forward_pre_hooks.values():  # pickle keeps hooks
+        decoder.register_forward_pre_hook(_tell, with_kwargs=True)
     scans = [name for name in functions if name in hf_recurrent.SCANS]
     if functions and set(scans or functions) <= set(fast):
         return "kernels", _APART
@@ -96,15 +102,14 @@ def _attend(
 _attend.__name__ = "forward"
 
 
-def _tell(
-    bounds: bool, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]] | None:
-    if kwargs.get("past_key_values") is not None:
+def _tell(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    # Another process that loads a pickled model has the functions of Transformers until the model is accelerated.
+    if kwargs.get("past_key_values") is not None or class_of(decoder).__module__ not in _changed:
         return None
     found: dict[str, Any] = {OURS: True}
     tokens = args[0] if args else kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-    if bounds and tokens is not None and kwargs.get("attention_mask") is None:
+    if getattr(decoder, BOUNDS) and tokens is not None and kwargs.get("attention_mask") is None:
         # Our attention, where it runs, has read them from the device by now.
         rows = known_rows(*tokens.shape[:2]) or rows_of({**kwargs, "input_ids": tokens})
         if rows is not None and rows.segments is not None:
@@ -115,7 +120,20 @@ def _tell(
             found[DOCUMENTS] = documents(tokens.shape[0], tokens.shape[1], cu_seqlens.to(tokens.device)).int()
         elif positions is not None and tokens is not None and positions.ndim == 2:
             found[DOCUMENTS] = documents_of(positions.expand(tokens.shape[0], -1))
-    return args, {**kwargs, **found}
+    told = {**kwargs, **found}
+    if told.get(DOCUMENTS) is not None and _caches(decoder, kwargs):
+        # What fills a cache is Transformers', which keeps no documents apart and refuses to hear of any. A training
+        # step fills none, so that only others wait here for the device.
+        if bool((told[DOCUMENTS] != told[DOCUMENTS][:, :1]).any()):
+            told["use_cache"] = kwargs.get("use_cache") or False
+        else:
+            del told[DOCUMENTS]
+    return args, told
+
+
+def _caches(decoder: Any, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("use_cache")
+    return bool(getattr(decoder.config, "use_cache", False) if asked is None else asked)
 
 
 def _convolution(

@@ -168,6 +168,16 @@ def test_a_mask_of_ones_and_plain_rows_go_to_sdpa(monkeypatch: pytest.MonkeyPatc
         assert masks == [None, None]
 
 
+@pytest.mark.parametrize("other", ["sdpa", "eager"])
+def test_another_implementation_afterwards_keeps_documents_apart(other: str) -> None:
+    plain, ours = pair("qwen3_moe", num_hidden_layers=2)
+    ours.set_attn_implementation(other)
+    inputs = {"input_ids": IDS[:1], "position_ids": POSITIONS, "labels": IDS[:1]}
+    assert_same(run(ours, **inputs), run(plain, **inputs))
+    ours.set_attn_implementation("slipstream")
+    assert_same(run(ours, **inputs), run(plain, **inputs))
+
+
 def test_documents_are_looked_for_once_per_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = pair("mimo_v2_flash")  # two kinds of masks
     calls = []

@@ -18,6 +18,7 @@ from slipstream.kernels.expert_activation import (
 from slipstream.kernels.gather_rows import gather_rows, gather_rows_reference
 from slipstream.kernels.sort_by_expert import sort_by_expert, sort_by_expert_reference
 from slipstream.kernels.sum_rows import sum_rows, sum_rows_reference
+from slipstream.moe.grouped_mm import grouped_mm
 from tests.kernels.conditions import DEVICE, INTERPRETED, compiled_or_interpreted
 
 pytestmark = compiled_or_interpreted
@@ -107,6 +108,25 @@ def test_activation(tokens, inner, biased, activation) -> None:
         got, expected = getattr(gradients, field), getattr(references, field)
         torch.testing.assert_close(got[:here], expected[:here], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients.weights_TK, references.weights_TK, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_rows_that_torch_pads(dtype) -> None:
+    """Where only the inner width is not a multiple of 16 bytes, torch's grouped GEMM leaves room between rows."""
+    experts, inner, activation = 2, 7, Activation("silu", False)
+    idx = torch.tensor([[0], [1], [1], [0], [1], [1]], device=DEVICE)
+    slot, _, ends, expert = sort_by_expert_reference(idx, experts, 6)
+    down = torch.randn(experts, inner, 16, device=DEVICE, dtype=dtype)
+    rows, hidden = (torch.randn(6, width, device=DEVICE).to(dtype) for width in (16, inner))
+    grad = grouped_mm(rows, down.transpose(1, 2), ends)
+    assert grad.is_contiguous()
+    padded = grad.new_full((6, 8), math.nan)[:, :inner].copy_(grad)
+    weights = torch.rand(6, 1, device=DEVICE)
+    references = activation_backward_reference(hidden, None, expert, ends, grad.clone(), slot, weights, activation)
+    for given in (grad, padded):
+        gradients = activation_backward(hidden, None, expert, ends, given, slot, weights, activation)
+        for got, expected in zip(gradients, references, strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 # Rows of each expert, and how many belong to none.

@@ -30,6 +30,18 @@ def test_known_activations_have_a_kernel(model_type, expected) -> None:
     assert function_named(activation_name(experts)) == expected
 
 
+@pytest.mark.parametrize("limit", [0.5, 15.0, 1e4, float("inf")])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v4"])
+def test_a_limit_of_any_size_is_seen(model_type, limit) -> None:
+    experts = experts_of(model_type)
+    experts.limit = limit
+    function = function_named(activation_name(experts))
+    assert isinstance(function, Activation)
+    assert function.limit == limit
+    hidden = 3 * min(limit, 1e6) * torch.randn(64, 64, dtype=torch.float64)
+    torch.testing.assert_close(function(hidden), own_function(experts)(hidden))
+
+
 def test_an_unknown_activation_runs_as_it_is() -> None:
     experts = experts_of("qwen3_moe")
     experts.act_fn = nn.Softplus()

@@ -158,6 +158,15 @@ def test_bf16_is_no_further_from_the_truth_than_the_loop() -> None:
         assert error <= 1.2 * errors["loop"][key], key
 
 
+@pytest.mark.parametrize("mlp", [grouped_mlp, grouped_mlp_autograd])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+def test_fp64_is_computed_in_fp64(biased, mlp) -> None:
+    idx, inputs, function = problem("plain", "swiglu", biased, False, torch.float64)
+    grad = torch.randn(inputs["x_TH"].shape, dtype=torch.float64)
+    expected = run(oracle, idx, inputs, grad, activation=function)
+    assert_matches(run(ours, idx, inputs, grad, activation=function, mlp=mlp), expected, 1e-14)
+
+
 def test_frozen_experts_get_no_gradient_but_pass_it_on() -> None:
     idx, inputs, function = problem("plain", "swiglu", False, False, torch.float32)
     x, weights = inputs["x_TH"].requires_grad_(), inputs["weights_TK"].requires_grad_()

@@ -90,6 +90,27 @@ def test_positions_alone_say_where_documents_begin() -> None:
     torch.testing.assert_close(found, told)
 
 
+@pytest.mark.parametrize("model_type", ["nemotron_h", "granitemoehybrid", "qwen3_next", "minimax", "lfm2_moe"])
+def test_positions_without_labels(model_type: str) -> None:
+    """Where Transformers makes a cache unless told otherwise: of plain rows, but packed ones are kept apart."""
+    plain = tiny_model(model_type).eval()
+    plain.config.use_cache = True
+    model = slipstream.accelerate(copy.deepcopy(plain), backend={"attn": "slipstream"})
+    ids = tiny_batch(2, 12)
+    batch = packed_batch(LENGTHS, seed=5)
+    packed = {name: batch[name] for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        for positions in (torch.arange(12)[None], torch.arange(12).repeat(2, 1)):
+            found, expected = (one(input_ids=ids, position_ids=positions) for one in (model, plain))
+            torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+            assert found.past_key_values is not None
+        found = model(**packed)
+        assert found.past_key_values is None
+        assert torch.equal(found.logits, model(**packed, use_cache=False).logits)
+        alone = [model(input_ids=part).logits for part in batch["input_ids"].split(LENGTHS, 1)]
+        torch.testing.assert_close(found.logits, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
+
+
 def test_plain_transformers_stays_as_it_is() -> None:
     """In the same process, and generation with a cache in an accelerated model."""
     plain = tiny_model("nemotron_h").eval()

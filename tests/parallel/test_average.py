@@ -1,0 +1,43 @@
+"""Gradients that become their mean over the ranks at the end of backward."""
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from slipstream.parallel.average import AverageGradients
+from tests.distributed.harness import run_ranks
+
+
+def _gradients() -> list[Any]:
+    """Those of parameters that both ranks reach, that one of them reaches, that none does, and that does not train."""
+    rank = dist.get_rank()
+    both, first, none, frozen = (nn.Parameter(torch.ones(width)) for width in (3, 5, 2, 4))
+    frozen.requires_grad_(False)
+    average = AverageGradients()
+    for parameter in (both, first, none, frozen):
+        average.add(parameter)
+    for _ in range(2):  # accumulated
+        (both.sum() * (rank + 1) + (first.sum() * 10 if rank == 0 else 0)).backward()
+    return [None if parameter.grad is None else parameter.grad.tolist() for parameter in (both, first, none, frozen)]
+
+
+def test_ranks_that_reach_different_parameters() -> None:
+    for found in run_ranks(_gradients, 2):
+        assert found == [[3.0] * 3, [10.0] * 5, [0.0] * 2, None]
+
+
+def test_it_keeps_no_parameter_alive_and_can_be_copied() -> None:
+    average, parameter = AverageGradients(), nn.Parameter(torch.ones(3))
+    average.add(parameter)
+    for other in (copy.deepcopy(average), pickle.loads(pickle.dumps(average))):
+        assert isinstance(other, AverageGradients)
+    alive = weakref.ref(parameter)
+    del average, parameter
+    gc.collect()
+    assert alive() is None
