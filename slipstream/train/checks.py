@@ -216,8 +216,6 @@ def resolve(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
             f"data.max_length={data.max_length} is longer than the model allows: {name} has "
             f"max_position_embeddings={limit}; set data.max_length to {limit} or less"
         )
-    if train.max_steps > 0 and train.warmup_steps < 1 and train.warmup_steps * train.max_steps < 1:
-        train.warmup_steps = 0  # Transformers rounds up to one step, and trains it at a rate of 0
     if train.learning_rate is None:
         train.learning_rate = 2e-4 if recipe.lora else 2e-5
     cuda = torch.cuda.is_available()

@@ -209,7 +209,11 @@ class TrainSection(Section):
     learning_rate: float | None = Field(None, gt=0, description="Default 2e-5, with LoRA 2e-4.")
     lr_scheduler_type: Scheduler = "cosine"
     lr_scheduler_kwargs: dict[str, Any] | None = None
-    warmup_steps: float = Field(0.03, ge=0, description="Steps; below 1, a fraction of all steps.")
+    warmup_steps: float = Field(
+        0.03,
+        ge=0,
+        description="Steps; below 1, a fraction of all steps. Less than a step is none; a run of one step has none.",
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
     optim: str = Field(

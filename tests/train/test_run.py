@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slipstream.checkpoint.merge import merge
 from slipstream.checkpoint.output import publish
 from slipstream.loss import DeferredLogits
+from slipstream.train.arguments import Arguments
 from slipstream.train.formats import IGNORE
 from slipstream.train.recipe_file import load_recipe
 from slipstream.train.run import RunResult, prepare, run
@@ -129,6 +130,21 @@ def test_accumulation_changes_nothing(epoch: tuple[Path, RunResult], tmp_path: P
     whole = tmp_path / "whole"
     fine_tune(whole, checkpoint, train={"max_steps": 3, "lr_scheduler_type": "constant"})
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize("warmup", [0.03, 1])
+def test_an_epoch_of_one_step_learns(warmup: float, tmp_path: Path, checkpoint: Path) -> None:
+    train = {"per_device_train_batch_size": 16, "warmup_steps": warmup}
+    result = fine_tune(tmp_path, checkpoint, train=train)
+    assert result.steps == 1
+    assert [line["learning_rate"] for line in metrics(tmp_path) if "loss" in line] == [0.01]
+    assert (result.eval_loss_after or 9) < (result.eval_loss_before or 0)
+
+
+def test_warm_up_in_steps(tmp_path: Path) -> None:
+    steps = [(0.03, 33), (0.03, 34), (0.03, 100), (0.03, 101), (10.0, 5), (10.0, 1), (0.0, 100)]
+    made = [Arguments(tmp_path, warmup_steps=warmup, use_cpu=True).get_warmup_steps(n) for warmup, n in steps]
+    assert made == [0, 2, 3, 4, 10, 0, 0]
 
 
 def test_load_balancing_loss_is_trained_on_but_not_held_out(tmp_path: Path, checkpoint: Path) -> None:
