@@ -1,17 +1,16 @@
 """What can be refused before weights are loaded: the checkpoint, and numbers that cannot fit."""
 
 import difflib
-import json
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 
 from slipstream import adapters
 from slipstream.bench.presets import PRESETS, build_config
+from slipstream.checkpoint.files import indexed_files, open_tensors, read_json
 from slipstream.hf import num_routed_experts
 from slipstream.parallel.setup import DistributedSetup
 from slipstream.shared_adapters import share_experts
@@ -180,24 +179,24 @@ def check_checkpoint(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ValueError(f"model.name_or_path: {folder} is a file; name the folder that holds config.json")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = read_json(folder / "adapter_config.json", "model.name_or_path").get("base_model_name_or_path") or "BASE"
+        raise ValueError(
+            f"model.name_or_path: {folder} holds an adapter; put it into its base first (slipstream merge {folder} "
+            f"--into {base} --output MERGED) and name MERGED"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.name_or_path: {folder} holds no config.json, so it is no Hugging Face checkpoint")
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if (folder / INDEX_NAME).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(f"model.name_or_path: {folder / INDEX_NAME} is damaged; fetch it again") from error
+        names = indexed_files(folder / INDEX_NAME, "model.name_or_path")
     if not names and not any(folder.glob("pytorch_model*.bin")):
         raise ValueError(f"model.name_or_path: {folder} holds a config.json but no weights (*.safetensors)")
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"model.name_or_path: {folder} lacks {name}, which {INDEX_NAME} names; fetch it again")
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"model.name_or_path: {folder / name} is damaged ({error}); fetch it again") from error
+        with open_tensors(folder / name, "model.name_or_path"):
+            pass
 
 
 def resolve(recipe: Recipe, config: PreTrainedConfig) -> Recipe:

@@ -17,6 +17,7 @@ from slipstream import AutoModelForCausalLM, BackendConfig, DistributedSetup, qu
 from slipstream.adapters import all_experts
 from slipstream.checkpoint.output import INCOMPLETE, check_output_folder, holds_model, publish
 from slipstream.checkpoint.resume import Checkpointer, checkpoint_name, read_info
+from slipstream.hf_models import is_incomplete
 from slipstream.report.page import write_report
 from slipstream.report.records import METRICS_FILE, RECIPE_FILE
 from slipstream.train.arguments import own_optimizer, training_arguments
@@ -258,7 +259,8 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
 
 
 def load_model(prepared: Prepared) -> PreTrainedModel:
-    """The accelerated model, ready to train; ValueError when the checkpoint lacks some of its weights."""
+    """The accelerated model, ready to train; ValueError when the checkpoint lacks some of its weights, or they do not
+    fit its config."""
     name = prepared.recipe.model.name_or_path
     if name is None:
         # Every rank draws the same weights.
@@ -269,7 +271,23 @@ def load_model(prepared: Prepared) -> PreTrainedModel:
         with torch.device(device):
             made: PreTrainedModel = AutoModelForCausalLM.from_config(prepared.config, **kwargs)
         return made
-    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **prepared.load_kwargs)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **prepared.load_kwargs
+        )
+    except RuntimeError as error:
+        if not is_incomplete(error):
+            raise
+        raise ValueError(
+            f"model.name_or_path: {name} lacks weights of some layers, or has them in other shapes (the report above "
+            "names the layers); use a complete checkpoint"
+        ) from error
+    if info["mismatched_keys"]:
+        key, there, here = min(info["mismatched_keys"])
+        raise ValueError(
+            f"model.name_or_path: {name} does not fit its config.json: {key} is {[*there]} there, and the config makes "
+            f"it {[*here]}; use the config that belongs to the weights"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(

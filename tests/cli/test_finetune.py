@@ -105,8 +105,17 @@ def test_damaged_checkpoint_file(tmp_path: Path, copy: Path, refused: Refusal) -
     assert f"{weights} is damaged" in refused(recipe)
     (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     assert "lacks model-00001-of-00002.safetensors" in refused(recipe)
+    (copy / "model.safetensors.index.json").write_text("{}")
+    assert "index.json is damaged (it has no weight_map)" in refused(recipe)
     (copy / "config.json").write_text("{")
     assert str(copy) in refused(recipe)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path, copy: Path, refused: Refusal) -> None:
+    (copy / "config.json").unlink()
+    (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    merging = f"slipstream merge {copy} --into org/base --output MERGED"
+    assert f"holds an adapter; put it into its base first ({merging})" in refused(write_recipe(tmp_path, copy))
 
 
 def test_settings_that_do_not_fit(tmp_path: Path, checkpoint: Path, refused: Refusal) -> None:

@@ -4,8 +4,10 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -279,14 +281,31 @@ def test_publish_moves_the_config_last(tmp_path: Path, monkeypatch: pytest.Monke
     assert moved == ["a.txt", "model.safetensors", "config.json"]
 
 
-def test_incomplete_weights_are_refused(tmp_path: Path, checkpoint: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in checkpoint.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    weights = load_file(broken / "model.safetensors")
-    del weights["model.layers.1.self_attn.q_proj.weight"]
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights \(model\.layers\.1\.self_attn\.q_proj"):
-        fine_tune(tmp_path, broken)
+@pytest.fixture
+def damaged(tmp_path: Path, checkpoint: Path) -> Callable[[dict[str, torch.Tensor | None]], Path]:
+    """A copy of the checkpoint in which some tensors are others, or missing."""
+
+    def make(changes: dict[str, torch.Tensor | None]) -> Path:
+        copy = Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
+        weights = load_file(copy / "model.safetensors") | changes
+        kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+        save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+        return copy
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("self_attn.q_proj.weight", None, r"lacks 1 of the model's weights \(model\.layers\.1\.self_attn\.q_proj"),
+        ("mlp.experts.1.up_proj.weight", None, "lacks weights of some layers, or has them in other shapes"),
+        ("self_attn.q_proj.weight", torch.zeros(3, 2), r"layers\.1\.self_attn\.q_proj\.weight is \[3, 2\] there"),
+    ],
+)
+def test_incomplete_weights_are_refused(
+    name: str, tensor: torch.Tensor | None, message: str, tmp_path: Path, damaged: Callable[[Any], Path]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fine_tune(tmp_path, damaged({f"model.layers.1.{name}": tensor}))
     assert not (tmp_path / "out").exists()
