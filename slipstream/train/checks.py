@@ -16,6 +16,7 @@ from slipstream.parallel.setup import DistributedSetup
 from slipstream.shared_adapters import share_experts
 from slipstream.train.byte_tokenizer import NAME as BYTES
 from slipstream.train.byte_tokenizer import byte_tokenizer
+from slipstream.train.lora_names import check_names
 from slipstream.train.recipe import (
     ALL_EXPERTS,
     AUTO,
@@ -117,8 +118,8 @@ def check_experts(setup: DistributedSetup, config: PreTrainedConfig) -> None:
 def lora_config(section: LoraSection | None, config: PreTrainedConfig, setup: DistributedSetup) -> LoraConfig | None:
     """PEFT's config of the recipe's `lora`; its "all-experts" is spelled out once there is a model.
 
-    Raises: ValueError when the model has no experts, or PEFT not that setting for them or for a model that is spread
-        over ranks.
+    Raises: ValueError when the model has no experts or nothing of a name that is given, or PEFT not that setting for
+        experts or for a model that is spread over ranks.
     """
     if section is None:
         return None
@@ -133,6 +134,7 @@ def lora_config(section: LoraSection | None, config: PreTrainedConfig, setup: Di
     adapters.check(made)
     if max(setup.ranks, setup.ep_size, setup.dp_replicate, setup.tp_size) > 1:
         adapters.check_spread(made)
+    check_names(made, config)
     return share_experts(made) if section.share_experts else made
 
 

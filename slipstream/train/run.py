@@ -245,10 +245,10 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
     if recipe.lora is not None and recipe.lora.load_in_4bit:
         quantization.check(config, BackendConfig.of(section.backend), setup)
         load_kwargs["load_in_4bit"] = True
+    lora = lora_config(recipe.lora, config, setup)
     assert recipe.data.max_length is not None
     data = load_data(recipe.data, tokenizer, recipe.data.max_length, config.get_text_config().vocab_size)
     data.notes[:0] = notes
-    lora = lora_config(recipe.lora, config, setup)
     checkpoint = find_checkpoint(recipe, data.counts, overwrite)
     arguments = training_arguments(recipe, data.eval is not None)
     if checkpoint is not None and (note := keep_rows_per_step(checkpoint, recipe, arguments)):

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig
+from transformers import AutoConfig
 
 from slipstream.cli import main
+from slipstream.train.lora_names import check_names
 from tests.train.tiny_chat import (
     CONVERSATIONS,
     MAX_POSITIONS,
@@ -131,6 +134,33 @@ def test_settings_that_do_not_fit(tmp_path: Path, checkpoint: Path, refused: Ref
     )
     dense = ["model.name_or_path=null", "model.config=llama-3.2-1b", "model.tokenizer=bytes"]
     assert "LlamaConfig describes a dense model; leave it out" in refused(recipe, experts, *dense)
+
+
+@pytest.mark.parametrize(
+    ("setting", "beside", "message"),
+    [
+        ("target_parameters=[experts.gate_up_prj]", "target_modules=[q_proj]", "no parameter of Qwen3MoeForCausalLM has "
+         "a name that ends with 'experts.gate_up_prj'; did you mean 'experts.gate_up_proj'?"),
+        ("target_modules=[q_proj, k_prj]", "r=2", "no module of Qwen3MoeForCausalLM has a name that ends with 'k_prj'; "
+         "did you mean 'k_proj'?"),
+        ("target_modules=.*k_prj", "target_parameters=all-experts", "'.*k_prj', a regular expression, matches no "
+         "module of Qwen3MoeForCausalLM"),
+        ("modules_to_save=[nope]", "r=2", "no module of Qwen3MoeForCausalLM has a name that ends with 'nope'"),
+    ],
+)  # fmt: skip
+def test_misspelt_targets(
+    tmp_path: Path, checkpoint: Path, refused: Refusal, setting: str, beside: str, message: str
+) -> None:
+    key = setting.partition("=")[0]
+    assert refused(write_recipe(tmp_path, checkpoint), f"lora.{setting}", f"lora.{beside}") == f"lora.{key}: {message}"
+
+
+def test_names_that_experts_had_are_known(checkpoint: Path) -> None:
+    """PEFT takes the names of a checkpoint's experts for those that Transformers has fused them under."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    check_names(LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]), config)
+    check_names(LoraConfig(target_modules="all-linear", target_parameters=["all-experts"]), config)
+    check_names(LoraConfig(target_modules=r".*\.(q|v)_proj", modules_to_save=["lm_head"]), config)
 
 
 def test_dry_run_shows_everything_and_writes_nothing(
