@@ -88,8 +88,8 @@ def run(
 
     Writes into `train.output_dir`: model and tokenizer as Transformers saves them, `metrics.jsonl` line by line while
     it trains, `recipe.resolved.yaml`, `environment.json`, `data.json`, checkpoints below `checkpoints/`, and however
-    training ends, `report.html`. An earlier model stays until the new one is complete. SIGTERM and SIGUSR1 end training
-    after the step under way, with a checkpoint; the same call continues.
+    training ends, `report.html`. An earlier model stays until the new one is complete. SIGTERM, SIGUSR1 and SIGINT
+    end training after the step under way, with a checkpoint; the same call continues.
 
     Args:
         recipe: what to do.

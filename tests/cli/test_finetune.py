@@ -139,8 +139,8 @@ def test_settings_that_do_not_fit(tmp_path: Path, checkpoint: Path, refused: Ref
 @pytest.mark.parametrize(
     ("setting", "beside", "message"),
     [
-        ("target_parameters=[experts.gate_up_prj]", "target_modules=[q_proj]", "no parameter of Qwen3MoeForCausalLM has "
-         "a name that ends with 'experts.gate_up_prj'; did you mean 'experts.gate_up_proj'?"),
+        ("target_parameters=[experts.gate_up_prj]", "target_modules=[q_proj]", "no parameter of Qwen3MoeForCausalLM "
+         "has a name that ends with 'experts.gate_up_prj'; did you mean 'experts.gate_up_proj'?"),
         ("target_modules=[q_proj, k_prj]", "r=2", "no module of Qwen3MoeForCausalLM has a name that ends with 'k_prj'; "
          "did you mean 'k_proj'?"),
         ("target_modules=.*k_prj", "target_parameters=all-experts", "'.*k_prj', a regular expression, matches no "
