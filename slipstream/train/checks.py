@@ -144,6 +144,11 @@ def check_setup(setup: DistributedSetup, config: PreTrainedConfig) -> None:
         setup.check(num_routed_experts(config))
     except ValueError as error:
         raise ValueError(f"distributed: {error}") from error
+    if setup.tp_size > 1 and not torch.accelerator.is_available():
+        raise ValueError(
+            f"distributed: tp_size={setup.tp_size} needs GPUs, as Accelerate has no tensor parallelism on a CPU; leave "
+            "it out here"
+        )
 
 
 def micro_batches(train: TrainSection, streams: int) -> int:

@@ -44,6 +44,12 @@ def _as_source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _some_steps(value: int) -> int:
+    if value == 0:
+        raise ValueError("0 steps train nothing; give 1 or more, or -1 for num_train_epochs")
+    return value
+
+
 def _checked_backend(fields: dict[str, Any]) -> dict[str, Any]:
     BackendConfig.of(fields)
     return fields
@@ -88,7 +94,7 @@ Scheduler = Literal[
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -195,7 +201,9 @@ class DataSection(Section):
 
 class TrainSection(Section):
     output_dir: PathString
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1: `num_train_epochs` decides.")
+    max_steps: Annotated[int, AfterValidator(_some_steps)] = Field(
+        -1, ge=-1, description="Optimizer steps; -1: `num_train_epochs` decides."
+    )
     num_train_epochs: float = Field(1.0, gt=0)
     per_device_train_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
         DEFAULT_BATCH_SIZE,

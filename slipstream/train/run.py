@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 from slipstream import AutoModelForCausalLM, BackendConfig, DistributedSetup, quantization, train_mtp
 from slipstream.adapters import all_experts
-from slipstream.checkpoint.output import INCOMPLETE, check_output_folder, holds_model, publish
+from slipstream.checkpoint.output import INCOMPLETE, check_output_folder, check_writable, holds_model, publish
 from slipstream.checkpoint.resume import Checkpointer, checkpoint_name, read_info
 from slipstream.hf_models import is_incomplete
 from slipstream.report.page import write_report
@@ -45,6 +45,7 @@ from slipstream.train.resume import (
 )
 from slipstream.train.samples import Samples
 from slipstream.train.saving import check_room_for, keep, save_trained, written
+from slipstream.train.settings import check_loggers, check_schedule
 from slipstream.train.sources import check_sources
 from slipstream.train.stopping import EarlyStopping
 from slipstream.train.summary import print_resolved, print_trainable
@@ -225,9 +226,13 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
     section = recipe.model
     output, source = Path(recipe.train.output_dir), Path(section.name_or_path or section.config or "")
     check_output_folder(output, [source], overwrite, "train.output_dir")
+    if not dry_run:  # which may be on another machine
+        check_writable(output, "train.output_dir")
+        check_loggers(recipe.log)
     check_sources(recipe.data)
     config, tokenizer, notes = load_config_and_tokenizer(recipe, stand_in=dry_run)
     recipe = resolve(recipe, config)
+    check_schedule(recipe.train)
     section = recipe.model
     if recipe.data.packing:
         check_packing(config)

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import LoraConfig
 from transformers import AutoConfig
+from transformers.integrations import integration_utils
 
 from slipstream.cli import main
 from slipstream.train.lora_names import check_names
@@ -161,6 +163,39 @@ def test_names_that_experts_had_are_known(checkpoint: Path) -> None:
     check_names(LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]), config)
     check_names(LoraConfig(target_modules="all-linear", target_parameters=["all-experts"]), config)
     check_names(LoraConfig(target_modules=r".*\.(q|v)_proj", modules_to_save=["lm_head"]), config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lr_scheduler_kwargs={foo: 1}"], "cosine has no 'foo'; it takes num_cycles"),
+        (["lr_scheduler_kwargs={num_cycles: x}"], "cosine refuses {'num_cycles': 'x'}: could not convert"),
+        (["lr_scheduler_kwargs={a: 1}", "lr_scheduler_type=constant"], "constant has no 'a'; it takes none"),
+        (["lr_scheduler_type=warmup_stable_decay"], "warmup_stable_decay needs num_decay_steps"),
+        (["lr_scheduler_type=cosine_with_min_lr"], "cosine_with_min_lr refuses {}: One of min_lr or min_lr_rate"),
+    ],
+)
+def test_schedules(tmp_path: Path, checkpoint: Path, refused: Refusal, overrides: list[str], message: str) -> None:
+    error = refused(write_recipe(tmp_path, checkpoint), *(f"train.{override}" for override in overrides))
+    assert error.startswith(f"train.lr_scheduler_kwargs: {message}")
+
+
+def test_what_this_machine_lacks(
+    tmp_path: Path, checkpoint: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before rows are read."""
+    monkeypatch.setattr("slipstream.train.run.load_data", None)
+    recipe = write_recipe(tmp_path, checkpoint)
+    assert refused(recipe, "log.report_to=magic").startswith("log.report_to: magic: magic is not supported, only ")
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    assert "log.report_to: wandb: WandbCallback requires wandb" in refused(recipe, "log.report_to=[wandb]")
+    below = f"train.output_dir={recipe}/out"
+    assert refused(recipe, below) == f"train.output_dir: nothing can be written to {recipe}/out (Not a directory)"
+    assert "nothing can be written to /proc/foo" in refused(recipe, "train.output_dir=/proc/foo")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    error = refused(recipe, "distributed.tp_size=2")
+    assert error.startswith("distributed: tp_size=2 needs GPUs, as Accelerate has no tensor parallelism on a CPU")
 
 
 def test_dry_run_shows_everything_and_writes_nothing(
