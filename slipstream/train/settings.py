@@ -1,6 +1,7 @@
 """Settings that Transformers would refuse late, with rows tokenized and weights loaded."""
 
 import inspect
+from typing import Any
 
 import torch
 from transformers import SchedulerType, get_scheduler
@@ -16,7 +17,8 @@ _GIVEN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 def check_schedule(train: TrainSection) -> None:
     """Raises: ValueError when the scheduler has not all it needs, or has no such setting, or not that value for it."""
     kind, given = SchedulerType(train.lr_scheduler_type), train.lr_scheduler_kwargs or {}
-    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+    schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
+    parameters = inspect.signature(schedule).parameters
     known = {name: value for name, value in parameters.items() if name not in _GIVEN}
     for name in given:
         if name not in known:
