@@ -150,6 +150,15 @@ def load_into(model: Any, slices: dict[str, Any]) -> set[str]:
     return set(info.missing_keys)
 
 
+def is_incomplete(error: RuntimeError) -> bool:
+    """Whether loading failed because the checkpoint's tensors do not make the model's: an expert's is missing, say, or
+    one has another shape.
+
+    Transformers lists them on stderr, and raises no class of its own.
+    """
+    return any(words in str(error) for words in ("automatic conversion of the weights", "`ignore_mismatched_sizes`"))
+
+
 @contextmanager
 def observing_loaded(observe: Callable[[Any, str], None]) -> Iterator[None]:
     """Call `observe(model, name)` after each parameter that `from_pretrained` has read, and let it read the next one

@@ -125,10 +125,11 @@ def add_to_whole_loss(trainer: Any, loss: float) -> None:
 def staying_in_training(model: torch.nn.Module) -> Iterator[None]:
     """Spare `Trainer` its walk over all modules in every micro-batch, where `model` is in training mode already.
 
-    A wrapper, such as DDP's, is so from the start, whatever the model inside is.
+    A wrapper, DDP's or PEFT's, is so from the start, whatever the model inside is.
     """
-    inside = getattr(model, "module", model)
-    if not (model.training and inside.training):
+    inside: Any = getattr(model, "module", model)
+    base = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
+    if not (model.training and inside.training and base.training):
         yield
         return
     model.__dict__["train"] = lambda: model

@@ -1,11 +1,13 @@
 """What slipstream/hf_trainer.py relies on in Transformers. A failure here means that upstream moved something."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from slipstream import hf_trainer
@@ -118,13 +120,19 @@ def test_modules_are_put_into_training_mode_once(tmp_path: Path) -> None:
     assert walks == [True, False, True, False]  # around evaluations after steps 3 and 5
 
 
-def test_a_wrapper_says_nothing_of_the_model_inside() -> None:
-    class Wrapper(torch.nn.Module):
-        def __init__(self, module: torch.nn.Module) -> None:
-            super().__init__()
-            self.module = module
+class Wrapper(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
 
-    wrapper = Wrapper(tiny_model("llama").eval())
+
+def adapted(model: Any) -> torch.nn.Module:
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"], lora_dropout=0.5))
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, adapted, lambda model: Wrapper(adapted(model))])
+def test_a_wrapper_says_nothing_of_the_model_inside(wrap: Callable[[Any], torch.nn.Module]) -> None:
+    wrapper = wrap(tiny_model("llama").eval())
     assert wrapper.training
     for _ in range(2):
         with hf_trainer.staying_in_training(wrapper):

@@ -6,7 +6,6 @@ conversion, which only cuts, joins and turns tensors. A head that is the embeddi
 adapter changes one of both, or each in another way: adapted, they are two.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +24,10 @@ from torch import Tensor
 from slipstream import hf
 from slipstream.checkpoint.export import INDEX, ONE_FILE_BYTES, write_shard
 from slipstream.checkpoint.export_plan import Holding, make_plan
+from slipstream.checkpoint.files import indexed_files, open_tensors, read_json
 from slipstream.checkpoint.output import TOKENIZER_FILES, check_output_folder, check_room, write_model
 from slipstream.checkpoint.untie import Files, key_of, nbytes, record, shared_parameters, untie
+from slipstream.hf_models import is_incomplete
 from slipstream.shared_adapters import share_experts
 
 ADAPTER = "adapter_model.safetensors"
@@ -72,8 +73,8 @@ def merge(
         overwrite: replace a model that `output` holds, once the new one is whole.
 
     Raises:
-        ValueError: adapter and base do not fit, `output` must not be replaced, the logits differ.
-        OSError: a hub id cannot be had, a file is damaged, or the disk is too small.
+        ValueError: adapter and base do not fit, a file is damaged, `output` must not be replaced, the logits differ.
+        OSError: a hub id cannot be had, or the disk is too small.
     """
     adapter_folder = _folder(adapter, "ADAPTER", ["adapter_*", *TOKENIZER_FILES])
     base_folder = _folder(base, "--into", ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"])
@@ -84,7 +85,7 @@ def merge(
     files = _weight_files(base_folder)
     model = _on_meta(base_folder)
     shared = shared_parameters(model)
-    with safe_open(adapter_folder / ADAPTER, "pt") as factors:
+    with open_tensors(adapter_folder / ADAPTER, "ADAPTER") as factors:
         changes = _changes(model, config, factors, adapter_folder)
         differing = _differing(model, shared, changes, files)
         starts = untie(model, differing, files)
@@ -131,7 +132,7 @@ def _adapter_config(folder: Path) -> LoraConfig:
         raise ValueError(
             f"ADAPTER {folder}: adapter_config.json or {ADAPTER} is missing; name a folder that PEFT saved"
         )
-    kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
+    kind = read_json(folder / "adapter_config.json", "ADAPTER").get("peft_type")
     if kind != "LORA":
         raise ValueError(f"ADAPTER {folder}: its type is {kind}; only LORA can be merged here")
     config: LoraConfig = LoraConfig.from_pretrained(str(folder))
@@ -160,23 +161,31 @@ def _weight_files(folder: Path) -> Files:
     """The base's files in their order, with the names and shapes of their tensors."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"--into {folder}: no config.json there; name a Hugging Face checkpoint")
-    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+    if "quantization_config" in read_json(folder / "config.json", "--into"):
         raise ValueError(f"--into {folder}: its weights are quantised; merge into the checkpoint in 16 or 32 bits")
     names = ["model.safetensors"]
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        names = indexed_files(folder / INDEX, "--into")
     files = {}
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"--into {folder}: {name} is missing; a checkpoint in safetensors is needed")
-        with safe_open(folder / name, "pt") as file:
+        with open_tensors(folder / name, "--into") as file:
             files[name] = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     return files
 
 
 def _on_meta(folder: Path) -> Any:
     """The model without its weights, and with the way back to the names of its checkpoint."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="meta", dtype="auto")
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="meta", dtype="auto")
+    except RuntimeError as error:
+        if not is_incomplete(error):
+            raise
+        raise ValueError(
+            f"--into {folder}: it lacks weights of some layers, or has them in other shapes (the report above names "
+            "the layers); use a complete checkpoint"
+        ) from error
 
 
 def _changes(model: Any, config: LoraConfig, factors: Any, folder: Path) -> dict[str, _Change]:

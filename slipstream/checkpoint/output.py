@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,6 +71,16 @@ def check_output_folder(output: Path, sources: Sequence[Path], overwrite: bool, 
             raise ValueError(f"{name}: {output} is where the model comes from ({source}); name another folder")
     if not overwrite and holds_model(output):
         raise ValueError(f"{name}: {output} already holds a model; name another folder or pass --overwrite")
+
+
+def check_writable(output: Path, name: str) -> None:
+    """Raise OSError where nothing can be written to `output`, by making a folder there, or where it will be, and taking
+    it away again. `name`: of the setting."""
+    try:
+        there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        tempfile.TemporaryDirectory(prefix=".slipstream-", dir=there).cleanup()
+    except OSError as error:
+        raise OSError(f"{name}: nothing can be written to {output} ({error.strerror})") from error
 
 
 def check_room(output: Path, size: int, name: str) -> None:

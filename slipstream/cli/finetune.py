@@ -28,8 +28,8 @@ def finetune(
 ) -> None:
     """Fine-tune a model as a recipe says. Runs as is, starts its ranks itself, or is one of torchrun's.
 
-    SIGTERM or SIGUSR1 stops it after the step under way with a checkpoint and exit code 75 (EX_TEMPFAIL); the same
-    command again continues.
+    SIGTERM or SIGUSR1 stops it after the step under way with a checkpoint and exit code 75 (EX_TEMPFAIL), Ctrl-C with
+    130; the same command again continues.
     """
     from slipstream.train.recipe_file import load_recipe
 
@@ -50,7 +50,7 @@ def finetune(
     from torch.distributed.elastic.multiprocessing.errors import record
     from transformers.utils import logging
 
-    from slipstream.train.resume import EXIT_REQUEUE, StoppedBySignal
+    from slipstream.train.resume import StoppedBySignal
     from slipstream.train.run import run
 
     if int(os.environ.get("RANK", "0")) == 0:
@@ -64,8 +64,8 @@ def finetune(
     def recorded() -> None:
         try:
             run(resolved, overwrite=overwrite, dry_run=dry_run)
-        except StoppedBySignal:
-            sys.exit(EXIT_REQUEUE)
+        except StoppedBySignal as stopped:
+            sys.exit(stopped.exit_code)
 
     recorded()
     if dist.is_initialized():

@@ -61,6 +61,7 @@ def start_ranks(nproc: int, arguments: Sequence[str]) -> int:
             signal.signal(number, handler)
     assert result is not None
     codes = [failure.exitcode for _, failure in sorted(result.failures.items())]
-    if os.EX_TEMPFAIL in codes:
-        return os.EX_TEMPFAIL
+    for told in (os.EX_TEMPFAIL, 128 + signal.SIGINT):
+        if told in codes:
+            return told
     return 1 if codes else 0

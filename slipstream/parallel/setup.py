@@ -1,6 +1,7 @@
 """How a model is spread over the ranks of a job."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ class DistributedSetup:
         strategy: `"fsdp2"` shards weights, gradients and optimizer states; `"ddp"` keeps them whole on every rank.
         ep_size: ranks that share the experts of a layer; divides the number of experts and the ranks of a replica.
         dp_replicate: replicas of the sharded model (HSDP), the number of nodes for instance.
-        tp_size: ranks that share a dense layer, by Transformers' plan for the architecture.
+        tp_size: ranks that share a dense layer, by Transformers' plan for the architecture. `Trainer`, and so a recipe,
+            can do it on GPUs only.
         reshard_after_forward: free a layer's gathered weights after its forward and gather them again for backward;
             None: only where those of all layers take more than 2 GiB.
         param_dtype: what weights are gathered and computed in ("bfloat16"), None for the dtype they are stored in.
@@ -67,7 +69,7 @@ class DistributedSetup:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number of ranks, 1 or more")
-        if self.timeout_minutes is not None and not self.timeout_minutes > 0:
+        if self.timeout_minutes is not None and not 0 < self.timeout_minutes < math.inf:
             raise ValueError(f"timeout_minutes={self.timeout_minutes!r}: give minutes, more than 0")
         if self.strategy == "ddp":
             for name in ("ep_size", "dp_replicate", "tp_size"):

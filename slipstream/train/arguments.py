@@ -24,6 +24,20 @@ OURS = (
 )
 
 
+class Arguments(SFTConfig):
+    """TRL's arguments, but for a warm-up that would take all there is to train.
+
+    Transformers rounds it up to whole steps, and the first of them is trained at a rate of 0.
+    """
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps of the warm-up: none where it is less than one, or where there is only one to train."""
+        if num_training_steps <= 1 or (self.warmup_steps < 1 and self.warmup_steps * num_training_steps < 1):
+            return 0
+        steps: int = super().get_warmup_steps(num_training_steps)
+        return steps
+
+
 def training_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
     """TRL's arguments for a resolved recipe.
 
@@ -37,7 +51,7 @@ def training_arguments(recipe: Recipe, has_eval: bool) -> SFTConfig:
         del values[name]
     if values["per_device_train_batch_size"] == AUTO:
         values["per_device_train_batch_size"] = 1  # until find_batch_size has found more
-    args = SFTConfig(
+    args = Arguments(
         **values,
         eval_strategy="steps" if eval_steps and has_eval else "no",
         eval_steps=eval_steps,

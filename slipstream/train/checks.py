@@ -1,22 +1,22 @@
 """What can be refused before weights are loaded: the checkpoint, and numbers that cannot fit."""
 
 import difflib
-import json
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 
 from slipstream import adapters
 from slipstream.bench.presets import PRESETS, build_config
+from slipstream.checkpoint.files import indexed_files, open_tensors, read_json
 from slipstream.hf import num_routed_experts
 from slipstream.parallel.setup import DistributedSetup
 from slipstream.shared_adapters import share_experts
 from slipstream.train.byte_tokenizer import NAME as BYTES
 from slipstream.train.byte_tokenizer import byte_tokenizer
+from slipstream.train.lora_names import check_names
 from slipstream.train.recipe import (
     ALL_EXPERTS,
     AUTO,
@@ -118,8 +118,8 @@ def check_experts(setup: DistributedSetup, config: PreTrainedConfig) -> None:
 def lora_config(section: LoraSection | None, config: PreTrainedConfig, setup: DistributedSetup) -> LoraConfig | None:
     """PEFT's config of the recipe's `lora`; its "all-experts" is spelled out once there is a model.
 
-    Raises: ValueError when the model has no experts, or PEFT not that setting for them or for a model that is spread
-        over ranks.
+    Raises: ValueError when the model has no experts or nothing of a name that is given, or PEFT not that setting for
+        experts or for a model that is spread over ranks.
     """
     if section is None:
         return None
@@ -134,6 +134,7 @@ def lora_config(section: LoraSection | None, config: PreTrainedConfig, setup: Di
     adapters.check(made)
     if max(setup.ranks, setup.ep_size, setup.dp_replicate, setup.tp_size) > 1:
         adapters.check_spread(made)
+    check_names(made, config)
     return share_experts(made) if section.share_experts else made
 
 
@@ -143,6 +144,11 @@ def check_setup(setup: DistributedSetup, config: PreTrainedConfig) -> None:
         setup.check(num_routed_experts(config))
     except ValueError as error:
         raise ValueError(f"distributed: {error}") from error
+    if setup.tp_size > 1 and not torch.accelerator.is_available():
+        raise ValueError(
+            f"distributed: tp_size={setup.tp_size} needs GPUs, as Accelerate has no tensor parallelism on a CPU; leave "
+            "it out here"
+        )
 
 
 def micro_batches(train: TrainSection, streams: int) -> int:
@@ -180,24 +186,24 @@ def check_checkpoint(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ValueError(f"model.name_or_path: {folder} is a file; name the folder that holds config.json")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = read_json(folder / "adapter_config.json", "model.name_or_path").get("base_model_name_or_path") or "BASE"
+        raise ValueError(
+            f"model.name_or_path: {folder} holds an adapter; put it into its base first (slipstream merge {folder} "
+            f"--into {base} --output MERGED) and name MERGED"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model.name_or_path: {folder} holds no config.json, so it is no Hugging Face checkpoint")
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if (folder / INDEX_NAME).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(f"model.name_or_path: {folder / INDEX_NAME} is damaged; fetch it again") from error
+        names = indexed_files(folder / INDEX_NAME, "model.name_or_path")
     if not names and not any(folder.glob("pytorch_model*.bin")):
         raise ValueError(f"model.name_or_path: {folder} holds a config.json but no weights (*.safetensors)")
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"model.name_or_path: {folder} lacks {name}, which {INDEX_NAME} names; fetch it again")
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"model.name_or_path: {folder / name} is damaged ({error}); fetch it again") from error
+        with open_tensors(folder / name, "model.name_or_path"):
+            pass
 
 
 def resolve(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
@@ -216,8 +222,6 @@ def resolve(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
             f"data.max_length={data.max_length} is longer than the model allows: {name} has "
             f"max_position_embeddings={limit}; set data.max_length to {limit} or less"
         )
-    if train.max_steps > 0 and train.warmup_steps < 1 and train.warmup_steps * train.max_steps < 1:
-        train.warmup_steps = 0  # Transformers rounds up to one step, and trains it at a rate of 0
     if train.learning_rate is None:
         train.learning_rate = 2e-4 if recipe.lora else 2e-5
     cuda = torch.cuda.is_available()

@@ -5,7 +5,8 @@
 | messages | `messages`: `role` and `content` each; `tools` if any | what the assistant says |
 | ShareGPT | `conversations`: `from` and `value` each; `system` if any | what the assistant says |
 | Alpaca | `instruction`, `output`; `input`, `system` if any | the output |
-| prompt/completion | `prompt`, `completion` | the completion |
+| prompt/completion | `prompt`, `completion`, as texts | the completion |
+| prompt/completion | `prompt`, `completion`, as messages; `tools` if any | what the assistant says in the completion |
 | text | `text` | everything |
 | pre-tokenised | `input_ids`; `labels` if any, -100 where not trained | the labels, or everything |
 
@@ -19,7 +20,7 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 IGNORE = -100
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's `from`.
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
             **{role: role for role in ROLES}}  # fmt: skip
@@ -43,6 +44,8 @@ def drop_nulls(value: Any) -> Any:
 
 def read_row(row: Any, chat: bool) -> dict[str, Any]:
     """A row of any form as `messages` (and `tools`), `prompt` and `completion`, `text`, or `input_ids` and `labels`.
+
+    With `messages` may come `trained_from`, the index of the first that is trained on.
 
     Args:
         row: what a line of a file held.
@@ -70,6 +73,8 @@ def _read_text(row: dict[str, Any], chat: bool) -> dict[str, Any]:
     keys = ("text",) if "text" in row else ("prompt", "completion")
     if not any(key in row for key in keys):
         raise ValueError(f"needs {KNOWN}; has {', '.join(map(repr, row)) or 'nothing'}")
+    if any(isinstance(row.get(key), list) for key in ("prompt", "completion")) and "text" not in keys:
+        return _prompted(row, keys)
     return {key: _string(row, key, keys) for key in keys}
 
 
@@ -92,9 +97,13 @@ def _check_characters(value: Any, where: str) -> None:
             _check_characters(item, f"{where}.{key}" if isinstance(value, dict) else f"{where}[{key}]")
 
 
-def _string(row: dict[str, Any], key: str, beside: tuple[str, ...]) -> str:
+def _check_there(row: dict[str, Any], key: str, beside: tuple[str, ...]) -> None:
     if key not in row:
         raise ValueError(f"{key!r} is missing beside {next(k for k in beside if k in row)!r}")
+
+
+def _string(row: dict[str, Any], key: str, beside: tuple[str, ...]) -> str:
+    _check_there(row, key, beside)
     if not isinstance(row[key], str):
         raise ValueError(f"{key!r} must be a string, not {kind(row[key])}")
     if not row[key]:
@@ -126,16 +135,31 @@ def _alpaca(row: dict[str, Any], chat: bool) -> dict[str, Any]:
 
 
 def _conversation(row: dict[str, Any], key: str) -> dict[str, Any]:
-    turns = row[key]
+    messages = _turns(row[key], key)
+    system = row.get("system")
+    if key == "conversations" and isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return {"messages": messages, **_tools(row)}
+
+
+def _prompted(row: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """TRL's conversational form: two lists of messages."""
+    for key in keys:
+        _check_there(row, key, keys)
+    prompt, completion = (_turns(row[key], key) for key in keys)
+    return {"messages": [*prompt, *completion], "trained_from": len(prompt), **_tools(row)}
+
+
+def _tools(row: dict[str, Any]) -> dict[str, Any]:
+    return {"tools": row["tools"]} if row.get("tools") else {}
+
+
+def _turns(turns: Any, key: str) -> list[dict[str, Any]]:
     if not isinstance(turns, list):
         raise ValueError(f"{key!r} must be a list, not {kind(turns)}")
     if not turns:
         raise ValueError(f"{key!r} is empty")
-    messages = [_turn(turn, f"{key}[{index}]") for index, turn in enumerate(turns)]
-    system = row.get("system")
-    if key == "conversations" and isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return {"messages": messages, **({"tools": row["tools"]} if row.get("tools") else {})}
+    return [_turn(turn, f"{key}[{index}]") for index, turn in enumerate(turns)]
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any]:
@@ -147,6 +171,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} must be an object with 'role' and 'content', not {kind(turn)}")
     speaker, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
     calls = turn.get("tool_calls") or None
+    if isinstance(turn.get(content), list):
+        turn = {**turn, content: _joined(turn[content], f"{where}.{content}")}
     for key in (speaker, content):
         if key not in turn and not (key == content and calls):
             raise ValueError(f"{where}: {key!r} is missing")
@@ -160,6 +186,15 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: {content!r} is empty")
     others = {key: value for key, value in turn.items() if key not in ("from", "value", "tool_calls")}
     return {**others, "role": role, "content": turn.get(content) or "", **({"tool_calls": calls} if calls else {})}
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """Content in parts, as OpenAI has it, as one text."""
+    for index, part in enumerate(parts):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            what = f"of type {part['type']!r}" if isinstance(part, dict) and part.get("type") else kind(part)
+            raise ValueError(f"{where}[{index}] is {what}; content in parts has {{'type': 'text', 'text': …}} only")
+    return "".join(part["text"] for part in parts)
 
 
 def _tokens(row: dict[str, Any]) -> dict[str, Any]:

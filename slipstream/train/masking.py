@@ -37,8 +37,8 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: str | None) -
     """Token ids of a row, and which of them are trained on.
 
     `messages`: the assistant's turns, from where the generation prompt ends to the end of the turn, so that the model
-    learns to stop. `prompt`/`completion`: the completion and an end-of-sequence token. `text`: everything, likewise.
-    `input_ids`: as its `labels` say, or everything.
+    learns to stop; those from `trained_from` on, if given. `prompt`/`completion`: the completion and an end-of-sequence
+    token. `text`: everything, likewise. `input_ids`: as its `labels` say, or everything.
 
     Raises: ValueError when `messages` come without a chat template, or the template refuses them;
         UnstableTemplateError when turns cannot be told apart.
@@ -77,13 +77,29 @@ def _render(row: Row, tokenizer: PreTrainedTokenizerBase, template: str | None) 
         return _Text(prompt + answer, [(len(prompt), len(prompt + answer))], True)
     if template is None:
         raise ValueError("'messages' need a chat template and the tokenizer has none; name one as data.chat_template")
-    if has_generation_markers(template):
+    messages, tools, start = row["messages"], row.get("tools"), row.get("trained_from", 0)
+    _check_developer(messages, tokenizer, template, tools)
+    # Markers do not tell the answers of a prompt from those of its completion.
+    if has_generation_markers(template) and not any(message["role"] == "assistant" for message in messages[:start]):
         encoded = _apply_template(
-            row["messages"], tokenizer, template, row.get("tools"), return_dict=True, return_assistant_tokens_mask=True
+            messages, tokenizer, template, tools, return_dict=True, return_assistant_tokens_mask=True
         )
         return Tokens(np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], dtype=bool))
-    text, spans = assistant_spans(row["messages"], tokenizer, template, row.get("tools"))
+    text, spans = assistant_spans(messages, tokenizer, template, tools, start)
     return _Text(text, spans, False)
+
+
+def _check_developer(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str, tools: Any
+) -> None:
+    """Raises: ValueError when the template leaves out what a developer says; many know no such role."""
+    said = [(index, message["content"]) for index, message in enumerate(messages) if message["role"] == "developer"]
+    text = _apply_template(messages, tokenizer, template, tools, tokenize=False) if said else ""
+    for index, content in said:
+        if content.strip() not in text:
+            raise ValueError(
+                f"messages[{index}]: the chat template leaves out what the role 'developer' says; use 'system'"
+            )
 
 
 def _apply_template(
@@ -99,9 +115,11 @@ def _apply_template(
 
 
 def assistant_spans(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str, tools: Any = None
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str, tools: Any = None, start: int = 0
 ) -> tuple[str, list[Span]]:
     """The rendered conversation and the characters [start, end) of each assistant turn, found by rendering prefixes.
+
+    Of turns before `messages[start]` none is looked for.
 
     Needs no `{% generation %}` markers: turn i starts where the turns before it plus the generation prompt end, and
     ends where the turns up to it end.
@@ -115,7 +133,7 @@ def assistant_spans(
     text = render(messages, False)
     spans = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index < start:
             continue
         before = render(messages[:index], True) if index else _opening(text, render)
         upto = render(messages[: index + 1], False)

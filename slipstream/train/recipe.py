@@ -44,6 +44,12 @@ def _as_source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+def _some_steps(value: int) -> int:
+    if value == 0:
+        raise ValueError("0 steps train nothing; give 1 or more, or -1 for num_train_epochs")
+    return value
+
+
 def _checked_backend(fields: dict[str, Any]) -> dict[str, Any]:
     BackendConfig.of(fields)
     return fields
@@ -88,7 +94,7 @@ Scheduler = Literal[
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -195,7 +201,9 @@ class DataSection(Section):
 
 class TrainSection(Section):
     output_dir: PathString
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1: `num_train_epochs` decides.")
+    max_steps: Annotated[int, AfterValidator(_some_steps)] = Field(
+        -1, ge=-1, description="Optimizer steps; -1: `num_train_epochs` decides."
+    )
     num_train_epochs: float = Field(1.0, gt=0)
     per_device_train_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
         DEFAULT_BATCH_SIZE,
@@ -209,7 +217,11 @@ class TrainSection(Section):
     learning_rate: float | None = Field(None, gt=0, description="Default 2e-5, with LoRA 2e-4.")
     lr_scheduler_type: Scheduler = "cosine"
     lr_scheduler_kwargs: dict[str, Any] | None = None
-    warmup_steps: float = Field(0.03, ge=0, description="Steps; below 1, a fraction of all steps.")
+    warmup_steps: float = Field(
+        0.03,
+        ge=0,
+        description="Steps; below 1, a fraction of all steps. Less than a step is none; a run of one step has none.",
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
     optim: str = Field(

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -18,7 +19,9 @@ from slipstream.train.data import Counts
 from slipstream.train.recipe import AUTO, Recipe
 
 EXIT_REQUEUE = os.EX_TEMPFAIL  # 75: not finished; the same command again continues
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # what shells expect: a loop that requeues must not start it again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ONE_CTRL_C = 1.0  # seconds in which SIGINT counts once: torchrun sends its ranks another one
 CHECKPOINTS = "checkpoints"  # below the output folder
 # What may change between the parts of a run without changing its curve. Rows are counted, rows a step kept; of what
 # shares out a stream `identity` adds the number of workers.
@@ -38,17 +41,18 @@ _FREE = {
 
 
 class StoppedBySignal(Exception):
-    """The run was told to stop, and has written a checkpoint to continue from."""
+    """The run was told to stop, and has written a checkpoint to continue from. `exit_code` is the command's."""
 
     def __init__(self, name: str, step: int, path: Path) -> None:
+        self.exit_code = EXIT_INTERRUPTED if name == "SIGINT" else EXIT_REQUEUE
         super().__init__(f"stopped by {name} after step {step}; the same command continues from {path}")
 
 
 class SaveAndStop(TrainerCallback):
     """Decides at the end of each step, on all ranks alike, whether to save and whether to stop.
 
-    As a context it catches SIGTERM and SIGUSR1, which schedulers send before they take a machine away. Any rank's
-    signal stops all ranks at the same step.
+    As a context it catches SIGTERM and SIGUSR1, which schedulers send before they take a machine away, and SIGINT. Any
+    rank's signal stops all ranks at the same step. A second SIGINT raises KeyboardInterrupt at once.
 
     A signal in the last step, or later, ends nothing early: the model is about to be saved. A checkpoint is made first,
     as there may be no time for that (`received`).
@@ -61,12 +65,14 @@ class SaveAndStop(TrainerCallback):
         self.save_steps = save_steps
         self.stopped_by: str | None = None
         self._received = 0
+        self._interrupted: float | None = None
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "SaveAndStop":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            ignored = {signal.SIGINT} if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else set()  # a shell's `&`
+            self._previous = {number: signal.signal(number, self._receive) for number in {*SIGNALS} - ignored}
         return self
 
     def __exit__(
@@ -77,6 +83,15 @@ class SaveAndStop(TrainerCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted is None:
+            self._interrupted = now
+            if int(os.environ.get("RANK", "0")) == 0:  # not by print, which may be what was interrupted
+                os.write(2, b"\nCtrl-C: stopping after this step, with a checkpoint; once more ends at once\n")
+        elif now - self._interrupted > ONE_CTRL_C:
+            raise KeyboardInterrupt
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps

@@ -15,8 +15,9 @@ from trl import SFTConfig
 
 from slipstream import AutoModelForCausalLM, BackendConfig, DistributedSetup, quantization, train_mtp
 from slipstream.adapters import all_experts
-from slipstream.checkpoint.output import INCOMPLETE, check_output_folder, holds_model, publish
+from slipstream.checkpoint.output import INCOMPLETE, check_output_folder, check_writable, holds_model, publish
 from slipstream.checkpoint.resume import Checkpointer, checkpoint_name, read_info
+from slipstream.hf_models import is_incomplete
 from slipstream.report.page import write_report
 from slipstream.report.records import METRICS_FILE, RECIPE_FILE
 from slipstream.train.arguments import own_optimizer, training_arguments
@@ -45,6 +46,7 @@ from slipstream.train.resume import (
 )
 from slipstream.train.samples import Samples
 from slipstream.train.saving import check_room_for, keep, save_trained, written
+from slipstream.train.settings import check_loggers, check_schedule
 from slipstream.train.sources import check_sources
 from slipstream.train.stopping import EarlyStopping
 from slipstream.train.summary import print_resolved, print_trainable
@@ -88,8 +90,8 @@ def run(
 
     Writes into `train.output_dir`: model and tokenizer as Transformers saves them, `metrics.jsonl` line by line while
     it trains, `recipe.resolved.yaml`, `environment.json`, `data.json`, checkpoints below `checkpoints/`, and however
-    training ends, `report.html`. An earlier model stays until the new one is complete. SIGTERM and SIGUSR1 end training
-    after the step under way, with a checkpoint; the same call continues.
+    training ends, `report.html`. An earlier model stays until the new one is complete. SIGTERM, SIGUSR1 and SIGINT
+    end training after the step under way, with a checkpoint; the same call continues.
 
     Args:
         recipe: what to do.
@@ -237,9 +239,13 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
     section = recipe.model
     output, source = Path(recipe.train.output_dir), Path(section.name_or_path or section.config or "")
     check_output_folder(output, [source], overwrite, "train.output_dir")
+    if not dry_run:  # which may be on another machine
+        check_writable(output, "train.output_dir")
+        check_loggers(recipe.log)
     check_sources(recipe.data)
     config, tokenizer, notes = load_config_and_tokenizer(recipe, stand_in=dry_run)
     recipe = resolve(recipe, config)
+    check_schedule(recipe.train)
     section = recipe.model
     if recipe.data.packing:
         check_packing(config)
@@ -257,10 +263,10 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
     if recipe.lora is not None and recipe.lora.load_in_4bit:
         quantization.check(config, BackendConfig.of(section.backend), setup)
         load_kwargs["load_in_4bit"] = True
+    lora = lora_config(recipe.lora, config, setup)
     assert recipe.data.max_length is not None
     data = load_data(recipe.data, tokenizer, recipe.data.max_length, config.get_text_config().vocab_size)
     data.notes[:0] = notes
-    lora = lora_config(recipe.lora, config, setup)
     checkpoint = find_checkpoint(recipe, data.counts, overwrite)
     arguments = training_arguments(recipe, data.eval is not None)
     if checkpoint is not None and (note := keep_rows_per_step(checkpoint, recipe, arguments)):
@@ -271,7 +277,8 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
 
 
 def load_model(prepared: Prepared) -> PreTrainedModel:
-    """The accelerated model, ready to train; ValueError when the checkpoint lacks some of its weights."""
+    """The accelerated model, ready to train; ValueError when the checkpoint lacks some of its weights, or they do not
+    fit its config."""
     name = prepared.recipe.model.name_or_path
     if name is None:
         # Every rank draws the same weights.
@@ -282,7 +289,23 @@ def load_model(prepared: Prepared) -> PreTrainedModel:
         with torch.device(device):
             made: PreTrainedModel = AutoModelForCausalLM.from_config(prepared.config, **kwargs)
         return made
-    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **prepared.load_kwargs)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **prepared.load_kwargs
+        )
+    except RuntimeError as error:
+        if not is_incomplete(error):
+            raise
+        raise ValueError(
+            f"model.name_or_path: {name} lacks weights of some layers, or has them in other shapes (the report above "
+            "names the layers); use a complete checkpoint"
+        ) from error
+    if info["mismatched_keys"]:
+        key, there, here = min(info["mismatched_keys"])
+        raise ValueError(
+            f"model.name_or_path: {name} does not fit its config.json: {key} is {[*there]} there, and the config makes "
+            f"it {[*here]}; use the config that belongs to the weights"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(

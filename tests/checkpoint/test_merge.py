@@ -1,6 +1,7 @@
 """Merged checkpoints against PEFT's own merge, in the base's files; and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slipstream.shared_adapters import share_experts
 from tests.tiny_models import tiny_batch, tiny_model
 
 IDS = tiny_batch(2, 16)
+SOME_EXPERT = "model.layers.1.mlp.experts.1.up_proj.weight"
 ATTENTION = {"target_modules": ["q_proj", "o_proj"]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "experts by name in the checkpoint": ("qwen3_moe", {**ATTENTION, "use_rslora": True}),
@@ -170,6 +172,25 @@ def test_what_is_not_merged(made: tuple[Path, Path], tmp_path: Path) -> None:
     incomplete.mkdir(parents=True)
     (incomplete / "config.json").write_text((base / "config.json").read_text())
     assert "model.safetensors is missing" in refused(adapter, incomplete, out)
+
+
+def test_damaged_files_are_named(made: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = made
+    out = tmp_path / "merged"
+    for name, told in (("adapter_model.safetensors", "ADAPTER: "), ("adapter_config.json", "ADAPTER: ")):
+        broken = changed(adapter, tmp_path / name)
+        (broken / name).write_bytes((broken / name).read_bytes()[:-100])
+        assert refused(broken, base, out).startswith(f"{told}{broken / name} is damaged (")
+    for name in ("model-00001-of-*", "*.index.json", "config.json"):
+        broken = Path(shutil.copytree(base, tmp_path / name[:5] / "base"))
+        (file,) = broken.glob(name)
+        file.write_bytes(file.read_bytes()[:-10])
+        assert refused(adapter, broken, out, any_base=True).startswith(f"--into: {file} is damaged (")
+    for number, key in enumerate(("lm_head.weight", SOME_EXPERT)):
+        broken = Path(shutil.copytree(base, tmp_path / str(number) / "base"))
+        (file,) = [broken / file for file, names in keys(base).items() if key in names]
+        save_file(load_file(file) | {key: torch.zeros(3, 2)}, file, metadata={"format": "pt"})
+        assert "lacks weights of some layers, or has them in other shapes" in refused(adapter, broken, out)
 
 
 @pytest.mark.parametrize(

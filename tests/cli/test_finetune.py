@@ -5,9 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from peft import LoraConfig
+from transformers import AutoConfig
+from transformers.integrations import integration_utils
 
 from slipstream.cli import main
+from slipstream.train.lora_names import check_names
 from tests.train.tiny_chat import (
     CONVERSATIONS,
     MAX_POSITIONS,
@@ -105,8 +110,17 @@ def test_damaged_checkpoint_file(tmp_path: Path, copy: Path, refused: Refusal) -
     assert f"{weights} is damaged" in refused(recipe)
     (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     assert "lacks model-00001-of-00002.safetensors" in refused(recipe)
+    (copy / "model.safetensors.index.json").write_text("{}")
+    assert "index.json is damaged (it has no weight_map)" in refused(recipe)
     (copy / "config.json").write_text("{")
     assert str(copy) in refused(recipe)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path, copy: Path, refused: Refusal) -> None:
+    (copy / "config.json").unlink()
+    (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    merging = f"slipstream merge {copy} --into org/base --output MERGED"
+    assert f"holds an adapter; put it into its base first ({merging})" in refused(write_recipe(tmp_path, copy))
 
 
 def test_settings_that_do_not_fit(tmp_path: Path, checkpoint: Path, refused: Refusal) -> None:
@@ -122,6 +136,66 @@ def test_settings_that_do_not_fit(tmp_path: Path, checkpoint: Path, refused: Ref
     )
     dense = ["model.name_or_path=null", "model.config=llama-3.2-1b", "model.tokenizer=bytes"]
     assert "LlamaConfig describes a dense model; leave it out" in refused(recipe, experts, *dense)
+
+
+@pytest.mark.parametrize(
+    ("setting", "beside", "message"),
+    [
+        ("target_parameters=[experts.gate_up_prj]", "target_modules=[q_proj]", "no parameter of Qwen3MoeForCausalLM "
+         "has a name that ends with 'experts.gate_up_prj'; did you mean 'experts.gate_up_proj'?"),
+        ("target_modules=[q_proj, k_prj]", "r=2", "no module of Qwen3MoeForCausalLM has a name that ends with 'k_prj'; "
+         "did you mean 'k_proj'?"),
+        ("target_modules=.*k_prj", "target_parameters=all-experts", "'.*k_prj', a regular expression, matches no "
+         "module of Qwen3MoeForCausalLM"),
+        ("modules_to_save=[nope]", "r=2", "no module of Qwen3MoeForCausalLM has a name that ends with 'nope'"),
+    ],
+)  # fmt: skip
+def test_misspelt_targets(
+    tmp_path: Path, checkpoint: Path, refused: Refusal, setting: str, beside: str, message: str
+) -> None:
+    key = setting.partition("=")[0]
+    assert refused(write_recipe(tmp_path, checkpoint), f"lora.{setting}", f"lora.{beside}") == f"lora.{key}: {message}"
+
+
+def test_names_that_experts_had_are_known(checkpoint: Path) -> None:
+    """PEFT takes the names of a checkpoint's experts for those that Transformers has fused them under."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    check_names(LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]), config)
+    check_names(LoraConfig(target_modules="all-linear", target_parameters=["all-experts"]), config)
+    check_names(LoraConfig(target_modules=r".*\.(q|v)_proj", modules_to_save=["lm_head"]), config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lr_scheduler_kwargs={foo: 1}"], "cosine has no 'foo'; it takes num_cycles"),
+        (["lr_scheduler_kwargs={num_cycles: x}"], "cosine refuses {'num_cycles': 'x'}: could not convert"),
+        (["lr_scheduler_kwargs={a: 1}", "lr_scheduler_type=constant"], "constant has no 'a'; it takes none"),
+        (["lr_scheduler_type=warmup_stable_decay"], "warmup_stable_decay needs num_decay_steps"),
+        (["lr_scheduler_type=cosine_with_min_lr"], "cosine_with_min_lr refuses {}: One of min_lr or min_lr_rate"),
+    ],
+)
+def test_schedules(tmp_path: Path, checkpoint: Path, refused: Refusal, overrides: list[str], message: str) -> None:
+    error = refused(write_recipe(tmp_path, checkpoint), *(f"train.{override}" for override in overrides))
+    assert error.startswith(f"train.lr_scheduler_kwargs: {message}")
+
+
+def test_what_this_machine_lacks(
+    tmp_path: Path, checkpoint: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before rows are read."""
+    monkeypatch.setattr("slipstream.train.run.load_data", None)
+    recipe = write_recipe(tmp_path, checkpoint)
+    assert refused(recipe, "log.report_to=magic").startswith("log.report_to: magic: magic is not supported, only ")
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    assert "log.report_to: wandb: WandbCallback requires wandb" in refused(recipe, "log.report_to=[wandb]")
+    below = f"train.output_dir={recipe}/out"
+    assert refused(recipe, below) == f"train.output_dir: nothing can be written to {recipe}/out (Not a directory)"
+    assert "nothing can be written to /proc/foo" in refused(recipe, "train.output_dir=/proc/foo")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    error = refused(recipe, "distributed.tp_size=2")
+    assert error.startswith("distributed: tp_size=2 needs GPUs, as Accelerate has no tensor parallelism on a CPU")
 
 
 def test_dry_run_shows_everything_and_writes_nothing(

@@ -43,7 +43,7 @@ def load(
         ('{"messages": [{"role": "user", "content": ""}]}', "messages[0]: 'content' is empty"),
         (
             '{"messages": [{"role": "gpt", "content": "hi"}]}',
-            "messages[0]: role 'gpt' is not one of system, user, assistant, tool",
+            "messages[0]: role 'gpt' is not one of system, developer, user, assistant, tool",
         ),
         ('{"prompt": "a"}', "'completion' is missing beside 'prompt'"),
         ('{"text": 3}', "'text' must be a string, not a number"),

@@ -53,6 +53,11 @@ MARKED = ["cohere", "cohere2", "diffusion_gemma", "gemma", "gemma3", "glm4moe", 
             {"messages": [{"role": "user", "content": "Add.\n\n1, 1"}, {"role": "assistant", "content": "2."}]},
         ),
         ({"prompt": "a", "completion": "b", "text": None}, {"prompt": "a", "completion": "b"}),
+        ({"prompt": TURNS[:2], "completion": TURNS[2:]}, {"messages": TURNS, "trained_from": 2}),
+        (
+            {"messages": [TURNS[1], {"role": "assistant", "content": [{"type": "text", "text": t} for t in "2."]}]},
+            {"messages": TURNS[1:]},
+        ),
         ({"text": "a"}, {"text": "a"}),
         ({"input_ids": None, "messages": None, "instruction": None, "text": "a"}, {"text": "a"}),
         ({"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": None}),
@@ -60,6 +65,48 @@ MARKED = ["cohere", "cohere2", "diffusion_gemma", "gemma", "gemma3", "glm4moe", 
 )
 def test_forms(row: dict[str, Any], expected: dict[str, Any]) -> None:
     assert read_row(row, chat=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": TURNS[:2]}, "'completion' is missing beside 'prompt'"),
+        ({"prompt": TURNS[:2], "completion": "2."}, "'completion' must be a list, not a string"),
+        ({"prompt": [], "completion": TURNS[2:]}, "'prompt' is empty"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}, {"type": "image_url"}]}]},
+            r"messages\[0\].content\[1\] is of type 'image_url'; content in parts has",
+        ),
+        ({"messages": [{"role": "user", "content": ["?"]}]}, r"messages\[0\].content\[0\] is a string; "),
+        ({"messages": [{"role": "user", "content": []}]}, "'content' is empty"),
+    ],
+)
+def test_forms_of_chats_that_are_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_row(row, chat=True)
+
+
+@pytest.mark.parametrize("template", [CHATML, (TEMPLATES / "qwen3_training.jinja").read_text()], ids=["bare", "marked"])
+def test_of_a_prompt_in_messages_nothing_is_trained(template: str) -> None:
+    """With and without markers, also where the prompt holds answers; tokens are those of the conversation."""
+    tokenizer = make_tokenizer()
+    longer = [*TURNS, {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4."}]
+    for turns, start in ((TURNS, 2), (longer, 4)):
+        row = read_row({"prompt": turns[:start], "completion": turns[start:]}, True)
+        made, whole = encode(row, tokenizer, template), encode({"messages": turns}, tokenizer, template)
+        assert made.ids.tolist() == whole.ids.tolist()
+        answer = tokenizer.decode(made.ids[made.trained])
+        assert turns[-1]["content"] in answer
+        assert answer.count("<|im_end|>") == 1
+    assert not np.array_equal(made.trained, whole.trained)
+
+
+def test_what_a_developer_says_is_in_the_row_or_the_row_is_bad() -> None:
+    tokenizer, turns = make_tokenizer(), [{"role": "developer", "content": "Be brief."}, *TURNS[1:]]
+    row = read_row({"messages": turns}, True)
+    assert "Be brief." in tokenizer.decode(encode(row, tokenizer, CHATML).ids)
+    with pytest.raises(ValueError, match=r"messages\[0\]: the chat template leaves out what the role 'developer' says"):
+        encode(row, tokenizer, (TEMPLATES / "qwen3.jinja").read_text())
 
 
 def test_tool_calls_and_tools_reach_the_template() -> None:

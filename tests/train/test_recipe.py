@@ -158,6 +158,23 @@ def test_one_mistake(tmp_path: Path, text: str, message: str) -> None:
     assert any(line.startswith(message) for line in mistakes(write(tmp_path, text)))
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["train.learning_rate=.inf", "train.num_train_epochs=.inf", "train.weight_decay=.nan", "lora.lora_alpha=.inf"],
+)
+def test_numbers_are_finite(tmp_path: Path, override: str) -> None:
+    key, _, value = override.partition("=")
+    said = f"command line: {key}: input should be a finite number (given {value[1:]})"
+    assert mistakes(write(tmp_path, GOOD), override) == [said]
+
+
+def test_no_steps_at_all(tmp_path: Path) -> None:
+    assert mistakes(write(tmp_path, GOOD + "  max_steps: 0\n")) == [
+        "recipe.yaml:6: train.max_steps: 0 steps train nothing; give 1 or more, or -1 for num_train_epochs"
+    ]
+    assert "timeout_minutes=inf" in mistakes(write(tmp_path, GOOD), "distributed.timeout_minutes=.inf")[0]
+
+
 def test_missing_file(tmp_path: Path) -> None:
     assert mistakes(tmp_path / "recipe.yaml") == ["recipe.yaml: no such recipe file"]
 

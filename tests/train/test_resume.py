@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from slipstream.checkpoint.resume import Checkpointer, latest, load, read_info
 from slipstream.train.recipe_file import load_recipe
-from slipstream.train.resume import StoppedBySignal
+from slipstream.train.resume import SaveAndStop, StoppedBySignal
 from slipstream.train.run import RunResult, run
 from slipstream.train.trainer import SlipstreamTrainer
 from tests.train.tiny_chat import write_recipe
@@ -349,6 +350,34 @@ def test_write_failure_is_told_and_the_last_one_stays(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match=r"a checkpoint could not be written: rank 0: OSError.*No space left"):
         checkpointer.wait()
     assert latest(tmp_path) == tmp_path / "step-000001"
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_one_ctrl_c_saves_and_another_ends_at_once(
+    tmp_path: Path, checkpoint: Path, stop: Stop, monkeypatch: pytest.MonkeyPatch, interruptible: None
+) -> None:
+    def interrupt() -> None:
+        for _ in range(2):  # as torchrun's ranks see one
+            signal.raise_signal(signal.SIGINT)
+
+    stop.in_step(3, interrupt)
+    with pytest.raises(StoppedBySignal, match="SIGINT after step 3") as caught:
+        fine_tune(tmp_path, checkpoint)
+    assert caught.value.exit_code == 130
+    assert latest(tmp_path / "out" / "checkpoints") == tmp_path / "out" / "checkpoints" / "step-000003"
+    monkeypatch.setattr("slipstream.train.resume.ONE_CTRL_C", 0.0)
+    stop.in_step(5, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(tmp_path, checkpoint)
+    assert signal.signal(signal.SIGINT, signal.SIG_IGN) is signal.default_int_handler
+    with SaveAndStop(None, timedelta(minutes=1)):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "as in the background of a script"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])

@@ -4,8 +4,10 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slipstream.checkpoint.merge import merge
 from slipstream.checkpoint.output import publish
 from slipstream.loss import DeferredLogits
+from slipstream.train.arguments import Arguments
 from slipstream.train.formats import IGNORE
 from slipstream.train.recipe_file import load_recipe
 from slipstream.train.run import RunResult, prepare, run
@@ -129,6 +132,21 @@ def test_accumulation_changes_nothing(epoch: tuple[Path, RunResult], tmp_path: P
     whole = tmp_path / "whole"
     fine_tune(whole, checkpoint, train={"max_steps": 3, "lr_scheduler_type": "constant"})
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize("warmup", [0.03, 1])
+def test_an_epoch_of_one_step_learns(warmup: float, tmp_path: Path, checkpoint: Path) -> None:
+    train = {"per_device_train_batch_size": 16, "warmup_steps": warmup}
+    result = fine_tune(tmp_path, checkpoint, train=train)
+    assert result.steps == 1
+    assert [line["learning_rate"] for line in metrics(tmp_path) if "loss" in line] == [0.01]
+    assert (result.eval_loss_after or 9) < (result.eval_loss_before or 0)
+
+
+def test_warm_up_in_steps(tmp_path: Path) -> None:
+    steps = [(0.03, 33), (0.03, 34), (0.03, 100), (0.03, 101), (10.0, 5), (10.0, 1), (0.0, 100)]
+    made = [Arguments(tmp_path, warmup_steps=warmup, use_cpu=True).get_warmup_steps(n) for warmup, n in steps]
+    assert made == [0, 2, 3, 4, 10, 0, 0]
 
 
 def test_load_balancing_loss_is_trained_on_but_not_held_out(tmp_path: Path, checkpoint: Path) -> None:
@@ -263,14 +281,31 @@ def test_publish_moves_the_config_last(tmp_path: Path, monkeypatch: pytest.Monke
     assert moved == ["a.txt", "model.safetensors", "config.json"]
 
 
-def test_incomplete_weights_are_refused(tmp_path: Path, checkpoint: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in checkpoint.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    weights = load_file(broken / "model.safetensors")
-    del weights["model.layers.1.self_attn.q_proj.weight"]
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights \(model\.layers\.1\.self_attn\.q_proj"):
-        fine_tune(tmp_path, broken)
+@pytest.fixture
+def damaged(tmp_path: Path, checkpoint: Path) -> Callable[[dict[str, torch.Tensor | None]], Path]:
+    """A copy of the checkpoint in which some tensors are others, or missing."""
+
+    def make(changes: dict[str, torch.Tensor | None]) -> Path:
+        copy = Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
+        weights = load_file(copy / "model.safetensors") | changes
+        kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+        save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+        return copy
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("self_attn.q_proj.weight", None, r"lacks 1 of the model's weights \(model\.layers\.1\.self_attn\.q_proj"),
+        ("mlp.experts.1.up_proj.weight", None, "lacks weights of some layers, or has them in other shapes"),
+        ("self_attn.q_proj.weight", torch.zeros(3, 2), r"layers\.1\.self_attn\.q_proj\.weight is \[3, 2\] there"),
+    ],
+)
+def test_incomplete_weights_are_refused(
+    name: str, tensor: torch.Tensor | None, message: str, tmp_path: Path, damaged: Callable[[Any], Path]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fine_tune(tmp_path, damaged({f"model.layers.1.{name}": tensor}))
     assert not (tmp_path / "out").exists()
