@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("model", help="a model_type of Transformers")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--attn", default="slipstream")
+    parser.add_argument("--attn", default="auto")
     parser.add_argument("--output", type=Path, help="a folder for the code of graphs and kernels")
     options = parser.parse_args()
     if _INSIDE not in os.environ:
