@@ -1,8 +1,11 @@
 """How a model is spread over the ranks of a job."""
 
+import atexit
 import dataclasses
+import functools
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,6 +177,7 @@ def join_process_group(setup: DistributedSetup) -> None:
         raise ValueError(
             "cpu_offload=True: there is no GPU here, so everything is in host memory already; leave it out"
         )
+    _let_go_at_exit()
     if dist.is_initialized():
         return
     cuda = torch.cuda.is_available()
@@ -181,6 +185,13 @@ def join_process_group(setup: DistributedSetup) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = None if setup.timeout_minutes is None else timedelta(minutes=setup.timeout_minutes)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+
+
+@functools.cache
+def _let_go_at_exit() -> None:
+    """Gloo's threads may hold tensors of the last collectives for a moment longer, also when the groups are destroyed;
+    a thread that frees one of Python's while the interpreter ends aborts the process (pytorch/pytorch#179291)."""
+    atexit.register(time.sleep, 0.2)
 
 
 _hosts: dict[Any, Any] = {}  # the default process group -> its `host_group`
