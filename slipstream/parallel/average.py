@@ -15,7 +15,8 @@ class AverageGradients:
     """Makes the gradients of parameters their mean over the ranks at the end of backward, all together: one by one they
     are two launches each. Of what was averaged before, the mean is that again, so gradients may accumulate.
 
-    Ranks may reach different parameters, if each reaches one: a rank adds zeros where it reached none."""
+    Ranks may reach different parameters, if each reaches one: where a rank reached none it adds zeros, and where none
+    did there is no gradient, as on one rank."""
 
     def __init__(self) -> None:
         self._added: list[weakref.ref[nn.Parameter]] = []  # weak, because garbage collection sees no hooks on tensors
@@ -42,16 +43,19 @@ class AverageGradients:
 
     def _finish(self, backward: int) -> None:
         self._running.remove(backward)
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in (reference() for reference in self._added):
-            if parameter is None or not parameter.requires_grad:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for grads in by_dtype.values():
-            flat = torch.cat([grad.flatten() for grad in grads])
+            if parameter is not None and parameter.requires_grad:
+                by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        for parameters in by_dtype.values():
+            reached = [parameter.grad is not None for parameter in parameters]
+            grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+            flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor(reached)])
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
-            parts = flat.split([grad.numel() for grad in grads])
+            *parts, ranks = flat.split([*(grad.numel() for grad in grads), len(grads)])
             torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+            # The host waits for the device only where this rank reached less than all.
+            anywhere = reached if all(reached) else ranks.tolist()
+            for parameter, grad, somewhere in zip(parameters, grads, anywhere, strict=True):
+                parameter.grad = grad if somewhere else None

@@ -53,7 +53,7 @@ class StepGuard:
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.tell = tell
         self._tokenizer = tokenizer
-        self._bad_in_a_row = 0
+        self.bad_in_a_row = 0
         self._batches: list[dict[str, Tensor]] = []
         self._losses: list[Tensor] = []
         self._closed: tuple[list[dict[str, Tensor]], list[Tensor]] = [], []
@@ -112,7 +112,7 @@ class StepGuard:
     def accept(self, loss: float) -> None:
         """The step is good."""
         self.recent.append(loss)
-        self._bad_in_a_row = 0
+        self.bad_in_a_row = 0
         self._closed = [], []
 
     def reject(self, step: int, reason: str, rank: int, facts: dict[str, Any]) -> bool:
@@ -132,22 +132,22 @@ class StepGuard:
         if rank == 0:
             record = {"step": step, "reason": reason, **facts, "recent_losses": list(self.recent)}
             (path / "step.json").write_text(json.dumps(record, indent=2) + "\n")
-        self._bad_in_a_row += 1
+        self.bad_in_a_row += 1
         self._closed = [], []
-        stops = self.action == "stop" or self._bad_in_a_row >= ENOUGH
+        stops = self.action == "stop" or self.bad_in_a_row >= ENOUGH
         if stops:
-            self._bad_in_a_row = 0  # whoever goes on from here counts anew
+            self.bad_in_a_row = 0  # whoever goes on from here counts anew
         return stops
 
     def state(self) -> dict[str, Any]:
         """What it goes by, as JSON data, once every step has been accepted or rejected."""
-        return {"recent": list(self.recent), "bad_in_a_row": self._bad_in_a_row}
+        return {"recent": list(self.recent), "bad_in_a_row": self.bad_in_a_row}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` returned."""
         self.recent.clear()
         self.recent.extend(state["recent"])
-        self._bad_in_a_row = state["bad_in_a_row"]
+        self.bad_in_a_row = state["bad_in_a_row"]
 
     def bad_folder(self, step: int) -> Path:
         """Where the batch of a bad step is written."""

@@ -15,7 +15,7 @@ LOCK_FILE = ".running"
 
 def check_free(output: Path) -> None:
     """Raises: ValueError where another run holds `output`. For the first rank, before anything is written."""
-    with suppress(FileNotFoundError), open(output / LOCK_FILE, "r+", encoding="utf-8") as file:
+    with suppress(FileNotFoundError, NotADirectoryError), open(output / LOCK_FILE, "r+", encoding="utf-8") as file:
         _take(file, output)
 
 

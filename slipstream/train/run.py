@@ -181,7 +181,7 @@ def _train(prepared: Prepared, console: Console) -> RunResult:
     with stop:
         try:
             trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
-            if guard is not None and trainer.state.global_step and not guard.recent and not stop.stopped_by:
+            if guard is not None and 0 < trainer.state.global_step == guard.bad_in_a_row and not stop.stopped_by:
                 raise BadStepError(
                     f"none of {trainer.state.global_step} steps was fit to be applied: nothing was trained"
                 )
