@@ -17,7 +17,8 @@ import pytest
 # The fork server imports these once for all ranks of all tests; a rank then starts in milliseconds. A plain fork of
 # pytest would not do: autograd refuses to run in the child of a process that has used it.
 _IMPORTED_ONCE = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "transformers", "slipstream.auto",
-                  "slipstream.moe.dispatch", "tests.tiny_models", "tests.conftest"]  # fmt: skip
+                  "slipstream.moe.dispatch", "slipstream.train.run", "tests.tiny_models", "tests.train.tiny_chat",
+                  "tests.conftest"]  # fmt: skip
 
 
 class RankFailedError(AssertionError):
