@@ -3,10 +3,7 @@
 import io
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from slipstream.train.recipe_file import load_recipe
 from slipstream.train.resume import StoppedBySignal
 from slipstream.train.run import RunResult, run
 from slipstream.train.trainer import SlipstreamTrainer
+from tests.train.ranks import finetune_on_ranks
 from tests.train.tiny_chat import write_recipe
 
 # 16 rows: 4 steps an epoch, with two micro-batches each.
@@ -296,37 +294,34 @@ def test_a_jump_after_going_on(tmp_path: Path, checkpoint: Path, spoil: Spoil, m
         fine_tune(tmp_path, checkpoint, **changes)
 
 
+def _spoil_a_loss() -> None:
+    compute = SlipstreamTrainer.compute_loss
+
+    def spoiled(self: SlipstreamTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = compute(self, *args, **kwargs)
+        bad = self.state.global_step == 2 and self.args.process_index == 1
+        return loss * float("nan") if bad else loss
+
+    SlipstreamTrainer.compute_loss = spoiled
+
+
 @pytest.mark.parametrize("action", ["stop", "skip"])
 def test_all_ranks_decide_alike(action: str, tmp_path: Path, checkpoint: Path) -> None:
     """One rank's loss is not finite; both stop, or both go on, and each writes its own rows."""
     train = {"max_steps": 4, "per_device_train_batch_size": 2, "on_bad_step": action, "optim": "slipstream_adamw"}
     path = write_recipe(tmp_path, checkpoint, train=train, distributed={"ep_size": 2})
-    script = tmp_path / "finetune.py"
-    script.write_text(
-        "from slipstream.train.trainer import SlipstreamTrainer as T\n"
-        "compute = T.compute_loss\n"
-        "def spoiled(self, *args, **kwargs):\n"
-        "    loss = compute(self, *args, **kwargs)\n"
-        "    bad = self.state.global_step == 2 and self.args.process_index == 1\n"
-        "    return loss * float('nan') if bad else loss\n"
-        "T.compute_loss = spoiled\n"
-        "from slipstream.cli import main; main()"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [*command, "finetune", str(path)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    first, second = finetune_on_ranks(path, _spoil_a_loss)
     bad = tmp_path / "out" / "bad-step-000003"
     assert {file.name for file in bad.iterdir()} == {"rank-0.jsonl", "rank-1.jsonl", "step.json"}
     ours, theirs = ((bad / f"rank-{rank}.jsonl").read_text().splitlines() for rank in (0, 1))
     assert len(ours) == len(theirs) == 2
     assert not set(ours) & set(theirs)
     if action == "skip":
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("step 3 was not applied: its loss is nan") == 1
+        assert first.error is second.error is None
+        assert first.screen.count("step 3 was not applied: its loss is nan") == 1
         assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path).values())
     else:
-        assert done.returncode != 0
-        assert len(re.findall(r"error: step 3 was not applied: its loss is nan", done.stderr)) == 2
+        for _, error in (first, second):
+            assert error is not None
+            assert error.startswith("step 3 was not applied: its loss is nan")
         assert latest(tmp_path / "out" / "checkpoints") == tmp_path / "out" / "checkpoints" / "step-000002"

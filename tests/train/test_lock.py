@@ -19,7 +19,7 @@ def hold(output: Path, ready: Any, enough: Any) -> None:
 
 def test_a_folder_is_held_by_one_run(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     ready, enough = context.Event(), context.Event()
     other = context.Process(target=hold, args=(output, ready, enough))
     other.start()

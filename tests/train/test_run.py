@@ -3,10 +3,7 @@
 import io
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +23,7 @@ from slipstream.train.formats import IGNORE
 from slipstream.train.recipe_file import load_recipe
 from slipstream.train.run import RunResult, prepare, run
 from slipstream.train.trainer import SlipstreamTrainer
+from tests.train.ranks import finetune_on_ranks
 from tests.train.tiny_chat import write_recipe
 
 
@@ -180,16 +178,10 @@ def test_z_loss_needs_the_fused_loss(tmp_path: Path, checkpoint: Path) -> None:
 def test_two_ranks_train_like_one(epoch: tuple[Path, RunResult], tmp_path: Path, checkpoint: Path) -> None:
     """Half the rows on each rank, sharded by FSDP2: the same curve. Held-out loss first must not freeze a weight."""
     path = write_recipe(tmp_path, checkpoint, train={"eval_steps": 2, "per_device_train_batch_size": 2})
-    script = tmp_path / "finetune.py"
-    script.write_text("from slipstream.cli import main; main()")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), "finetune", str(path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    first, second = finetune_on_ranks(path)
+    assert first.error is second.error is None
     assert losses(tmp_path) == pytest.approx(losses(epoch[0]), rel=1e-4)
-    assert done.stdout.count("saved: ") == 1
+    assert (first.screen + second.screen).count("saved: ") == 1
 
 
 def test_lora_trains_an_adapter_only(tmp_path: Path, checkpoint: Path) -> None:
