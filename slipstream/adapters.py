@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from slipstream import hf, linear_adapters, shared_adapters
-from slipstream.checkpoint.export import Team
+from slipstream.checkpoint.team import Team
 from slipstream.moe.dispatch import FIRST_EXPERT, GRADIENT_DIVISOR
 from slipstream.moe.experts import ADAPTERS, projection_names
 from slipstream.moe.lora import LowRank, low_rank

@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from itertools import accumulate, product, zip_longest
 from pathlib import Path
-from types import MethodType, TracebackType
-from typing import Any, TypeVar
+from types import MethodType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,10 +36,9 @@ from slipstream.checkpoint.export_plan import (
     make_plan,
 )
 from slipstream.checkpoint.output import INCOMPLETE, WEIGHTS
+from slipstream.checkpoint.team import Team
 from slipstream.parallel.setup import rank_and_ranks
 from slipstream.parallel.units import class_of
-
-T = TypeVar("T")
 
 ONE_FILE_BYTES = 2**30  # up to here rank 0 writes alone: parallel writing gains less than a second
 INDEX = "model.safetensors.index.json"
@@ -150,37 +149,6 @@ def export(
     finally:
         if rank == 0:
             shutil.rmtree(incomplete, ignore_errors=True)
-
-
-class Team:
-    """As a context it keeps this rank's error back until `share`, so that the ranks stay in step and raise together."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self.error = self.error or error
-        return True
-
-    def share(self, value: T) -> list[T]:
-        """Every rank's value.
-
-        Raises: RuntimeError if any rank has had an error.
-        """
-        message = None if self.error is None else f"{type(self.error).__name__}: {self.error}"
-        everyone: Any = [(message, value)]
-        if rank_and_ranks()[1] > 1:
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, (message, value))
-        failed = [f"rank {rank}: {message}" for rank, (message, _) in enumerate(everyone) if message is not None]
-        if failed:
-            raise RuntimeError(f"saving the model failed on {'; '.join(failed)}") from self.error
-        return [value for _, value in everyone]
 
 
 class Writer:

@@ -20,7 +20,10 @@ TOKENIZER_FILES = (
     "chat_template.*",
 )
 # What Transformers looks for: weights and their indexes.
-WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+WEIGHTS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin|"
+    r"(model\.safetensors|pytorch_model\.bin)\.index\.json"
+)
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # What else an earlier model consists of, by the names under which Transformers and PEFT save it.
 _REST = {"config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors",

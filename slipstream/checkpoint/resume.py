@@ -151,9 +151,10 @@ class Checkpointer:
         self._thread.shutdown()
 
     def finish(self, keep: bool) -> None:
-        """Say that the run is over: nothing continues it by itself any more. Without `keep` its checkpoints go.
+        """Say that the run is over: nothing continues it by itself any more. Without `keep` its checkpoints go, and
+        those of an unfinished one that it replaced.
 
-        Those of other runs stay, and what is not ours.
+        Those of finished runs stay, and what is not ours.
         """
         if self.rank != 0:
             return
@@ -161,7 +162,7 @@ class Checkpointer:
             (self.folder / LATEST).unlink()
         if not keep:
             for path in _complete(self.folder):
-                if _run_of(path) == self._run:
+                if _run_of(path) in self._replaceable:
                     shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):  # where something is left
                 self.folder.rmdir()
@@ -221,8 +222,10 @@ def latest(folder: Path) -> Path | None:
     path = _pointed_to(folder)
     if path is None:
         return None
-    # Between two renames the pointer's target is missing for a moment.
-    return path if (path / INFO_FILE).is_file() else next(reversed(_complete(folder)), None)
+    if (path / INFO_FILE).is_file():
+        return path
+    # Between two renames the pointer's target is missing for a moment. What is later is of another run.
+    return next((each for each in reversed(_complete(folder)) if each.name < path.name), None)
 
 
 def read_info(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,14 @@ class MetricsFile(TrainerCallback):
         """Append a line of the caller's own."""
         line = {"step": step, "elapsed": round(time.perf_counter() - self.start, 3), **values}
         self._waiting += json.dumps(line) + "\n"
-        whole = self.path.stat().st_size
+        whole = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a") as file:
                 file.write(self._waiting)
             self._waiting = ""
         except OSError as error:
-            os.truncate(self.path, whole)
+            with suppress(OSError):
+                os.truncate(self.path, whole)
             warnings.warn(f"{self.path} cannot be written to ({error}); what is logged waits", stacklevel=2)
 
 

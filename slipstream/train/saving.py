@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from slipstream.checkpoint import passthrough
 from slipstream.checkpoint.output import INCOMPLETE, WEIGHTS, check_room
 from slipstream.checkpoint.resume import Checkpointer, checkpoint_name, latest
+from slipstream.checkpoint.team import SavingError
 from slipstream.parallel.setup import failing_together, rank_and_ranks
 from slipstream.train.trainer import SlipstreamTrainer
 
@@ -34,7 +36,7 @@ def save_trained(trainer: SlipstreamTrainer, output: Path, continued: Path | Non
         output: of the run.
         continued: a checkpoint that has all of the training already.
 
-    Raises: OSError on all ranks, whatever went wrong, with what is on the disk now.
+    Raises: OSError on all ranks, with what is on the disk now.
     """
     try:
         with failing_together(), _as_os_error():
@@ -90,10 +92,13 @@ def _kept(trainer: SlipstreamTrainer, output: Path, continued: Path | None) -> s
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    """An error inside, of whatever type, is one of writing."""
+    """An error inside is one of writing. Of several ranks only what is known to be: any other may have left the others
+    in the middle of an exchange, where they would not hear of it."""
     try:
         yield
     except OSError:
         raise
     except Exception as error:
+        if rank_and_ranks()[1] > 1 and not isinstance(error, SavingError | SafetensorError):
+            raise
         raise OSError(f"{type(error).__name__}: {error}") from error

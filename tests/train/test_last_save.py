@@ -19,7 +19,7 @@ from slipstream.train import run as module
 from slipstream.train.callbacks import MetricsFile
 from slipstream.train.saving import save_trained
 from slipstream.train.trainer import SlipstreamTrainer
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import RankFailedError, run_ranks
 from tests.train.test_resume import Stop, fine_tune, same_weights, terminate, written
 
 SHORT = {"max_steps": 2}
@@ -148,6 +148,9 @@ def test_metrics_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     metrics.write(3, {})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [line[: line.index(",")] for line in lines] == [f'{{"step": {step}' for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").unlink()
+    metrics.write(4, {})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def _on_one_rank(folder: Path) -> list[str]:
@@ -169,6 +172,20 @@ def _on_one_rank(folder: Path) -> list[str]:
         save_trained(trainer, folder, None)
     checkpointer.close()
     return [str(caught.value), str(latest(folder / "checkpoints"))]
+
+
+def _out_of_memory_on_one_rank(folder: Path) -> None:
+    def save_model(path: str) -> None:
+        if dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("no memory left on this rank")
+        dist.all_reduce(torch.ones(1))
+
+    save_trained(SimpleNamespace(save_model=save_model), folder, None)  # type: ignore[arg-type]
+
+
+def test_an_error_between_exchanges_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(RankFailedError, match=r"rank 1 failed:(.|\n)*OutOfMemoryError: no memory left on this rank"):
+        run_ranks(_out_of_memory_on_one_rank, 2, tmp_path)
 
 
 def test_ranks_fail_together(tmp_path: Path) -> None:

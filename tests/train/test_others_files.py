@@ -1,6 +1,7 @@
 """What a run did not write stays where it is, also under names like its own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from slipstream.checkpoint.resume import Checkpointer, checkpoint_name, latest
 from tests.train.test_resume import fine_tune
 
 THEIRS = ("tokenizer_training.py", "vocab.py", "adapter_notes.md", "chat_template.py", "pytorch_model_of_mine.bin.md",
-          "checkpoints/llama/weights.pt", "checkpoints/mine.incomplete/a", "checkpoints/latest")  # fmt: skip
+          "model.bin", "checkpoints/llama/w.pt", "checkpoints/mine.incomplete/a", "checkpoints/latest")  # fmt: skip
 
 
 def put(folder: Path, *names: str) -> None:
@@ -66,6 +67,21 @@ def test_a_continued_run_removes_what_it_continued_from(tmp_path: Path) -> None:
     saved(tmp_path, 5, 6)
     saved(tmp_path, 1, 2, 3, limit=2).finish(keep=True)
     assert kept(tmp_path) == {checkpoint_name(step) for step in (2, 3, 10, 20)}
+
+
+def test_what_a_replaced_run_left_goes_with_the_end_of_its_successor(tmp_path: Path) -> None:
+    saved(tmp_path / "checkpoints", 2)
+    saved(tmp_path / "checkpoints").finish(keep=False)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_no_run_continues_from_a_finished_ones_later_checkpoint(tmp_path: Path) -> None:
+    saved(tmp_path, 6).finish(keep=True)
+    saved(tmp_path, 2, 4)
+    shutil.rmtree(tmp_path / checkpoint_name(4))
+    assert latest(tmp_path) == tmp_path / checkpoint_name(2)
+    shutil.rmtree(tmp_path / checkpoint_name(2))
+    assert latest(tmp_path) is None
 
 
 def test_an_empty_folder_goes(tmp_path: Path) -> None:
