@@ -16,7 +16,7 @@ A row may have other keys too, and so may a message: its template decides. A key
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template, TemplateError, Undefined
 from jinja2.sandbox import SandboxedEnvironment
 
 IGNORE = -100
@@ -33,10 +33,7 @@ KNOWN = "'messages', 'conversations', 'instruction' and 'output', 'prompt' and '
 
 
 def drop_nulls(value: Any) -> Any:
-    """The value without the keys that are null, at any depth; Arrow gives every row the keys of all the others.
-
-    Lists keep their nulls, which Arrow does not add.
-    """
+    """The value without the keys that are null, at any depth. Lists keep their nulls."""
     if isinstance(value, dict):
         return {key: drop_nulls(item) for key, item in value.items() if item is not None}
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
@@ -57,11 +54,14 @@ def read_row(row: Any, chat: bool) -> dict[str, Any]:
         raise ValueError(f"a line must be one JSON object, not {kind(row)}")
     if row.get("input_ids") is not None:
         return _tokens(row)
-    row = drop_nulls(row)
-    made = _read_text(row, chat)
+    made = _read_text(_given(row), chat)
     for key, value in made.items():
         _check_characters(value, key)
     return made
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _read_text(row: dict[str, Any], chat: bool) -> dict[str, Any]:
@@ -169,6 +169,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(turn, dict):
         raise ValueError(f"{where} must be an object with 'role' and 'content', not {kind(turn)}")
+    turn = _given(turn)
     speaker, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
     calls = turn.get("tool_calls") or None
     if isinstance(turn.get(content), list):
@@ -221,6 +222,12 @@ def _tokens(row: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels}
 
 
+class _Null(StrictUndefined):
+    """A column that is null: it may be asked for, and not written."""
+
+    __bool__ = Undefined.__bool__  # type: ignore[assignment]
+
+
 class RowMap:
     """`data.map` of a recipe: a row made by Jinja templates over the columns of another.
 
@@ -241,14 +248,15 @@ class RowMap:
         """Raises: ValueError where the row lacks a column or has it of another type."""
         if not isinstance(row, dict):
             raise ValueError(f"a line must be one JSON object, not {kind(row)}")
-        made, columns = {}, drop_nulls(row)
+        made = {}
+        columns = {key: _Null(name=key) if value is None else drop_nulls(value) for key, value in row.items()}
         for key, template in self.templates.items():
             try:
                 made[key] = template.render(columns)
             except (TemplateError, TypeError, ValueError, LookupError) as error:
-                nulls = [name for name in row if name not in columns]
+                nulls = [name for name in row if row[name] is None]
                 absent = f"; null, which counts as absent: {', '.join(nulls)}" if nulls else ""
-                raise ValueError(f"data.map.{key}: {error} (columns: {', '.join(columns)}{absent})") from error
+                raise ValueError(f"data.map.{key}: {error} (columns: {', '.join(_given(row))}{absent})") from error
         if "user" not in made:
             return made
         roles = [role for role in ("system", "user", "assistant") if made.get(role)]

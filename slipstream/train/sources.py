@@ -14,7 +14,7 @@ import datasets
 import pyarrow
 from pyarrow import parquet
 
-from slipstream.train.formats import RowMap, read_row
+from slipstream.train.formats import RowMap, drop_nulls, read_row
 from slipstream.train.recipe import DataSection, Source
 
 Placed = tuple[str, Any]  # where a row stands, `file:line` for instance, and what it holds
@@ -170,7 +170,7 @@ def _parquet(path: Path) -> Iterator[Placed]:
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", row
+                    yield f"{path}: row {number}", _of_arrow(row)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a Parquet file, or a damaged one: {error}") from error
 
@@ -191,7 +191,12 @@ def _hub(source: Source, streaming: bool) -> Iterator[Placed]:
             f"{source.path}: no such file or folder here, and not to be had from the hub: {error}"
         ) from error
     for number, row in enumerate(rows, start=1):
-        yield f"{source.path} ({source.split}): row {number}", row
+        yield f"{source.path} ({source.split}): row {number}", _of_arrow(row)
+
+
+def _of_arrow(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that Arrow gives every message and call because others have them."""
+    return {key: drop_nulls(value) for key, value in row.items()}
 
 
 READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {

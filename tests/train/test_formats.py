@@ -257,8 +257,8 @@ def test_nested_parquet_and_text_files(tmp_path: Path) -> None:
 
 
 def test_arrow_and_json_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrow gives each row, message and call the keys of all others; a null in JSON counts as absent too."""
-    arguments = [{"city": "Bern"}, {"x": 1, "options": [{"a": None}, {"b": 2}]}, {}]
+    """Arrow gives each row, message and call the keys of all others."""
+    arguments = [{"city": "Bern"}, {"x": 1, "options": [{}, {"b": 2}]}, {}]
     rows: list[dict[str, Any]] = [{"text": "a", "messages": None}]
     for values in arguments:
         call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": values}}]}
@@ -270,9 +270,38 @@ def test_arrow_and_json_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.M
     expected = [row for _, row in placed(path)]
     assert expected[0] == {"text": "a"}
     made = [row["messages"][-1]["tool_calls"][0]["function"]["arguments"] for row in expected[1:]]
-    assert made == [{"city": "Bern"}, {"x": 1, "options": [{}, {"b": 2}]}, {}]
+    assert made == arguments
     for source in (tmp_path / "a.parquet", Path("org/name")):
         assert [row for _, row in placed(source)] == expected
+
+
+def test_nulls_that_a_row_of_json_says_are_kept() -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "Bern", "unit": None}}}
+    tools = [{"function": {"name": "weather", "parameters": {"unit": {"default": None}}}}]
+    row = {"messages": [*TURNS, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": tools}
+    made = read_row(row, True)
+    assert made["messages"][-1]["tool_calls"] == [call]
+    assert made["tools"] == tools
+
+
+@pytest.mark.parametrize(
+    ("template", "of_null"),
+    [
+        ("{% if ctx %}{{ ctx }}{% else %}-{% endif %}", "-"),
+        ("{{ ctx or '-' }}", "-"),
+        ("{{ ctx | default('-') }}", "-"),
+        ("{{ ctx if ctx is defined else '-' }}", "-"),
+        ("{{ ctx }}", None),
+    ],
+)
+def test_columns_that_are_null(template: str, of_null: str | None) -> None:
+    made = RowMap({"text": template})
+    assert made({"ctx": "a"}) == {"text": "a"}
+    if of_null is not None:
+        assert made({"ctx": None}) == {"text": of_null}
+    else:
+        with pytest.raises(ValueError, match=r"columns: id; null, which counts as absent: ctx"):
+            made({"ctx": None, "id": 1})
 
 
 def test_a_hub_name_is_loaded_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
