@@ -115,8 +115,11 @@ def check_experts(setup: DistributedSetup, config: PreTrainedConfig) -> None:
         check_setup(setup, config)
 
 
-def lora_config(section: LoraSection | None, config: PreTrainedConfig, setup: DistributedSetup) -> LoraConfig | None:
-    """PEFT's config of the recipe's `lora`; its "all-experts" is spelled out once there is a model.
+def lora_config(
+    section: LoraSection | None, config: PreTrainedConfig, setup: DistributedSetup, notes: list[str]
+) -> LoraConfig | None:
+    """PEFT's config of the recipe's `lora`; its "all-experts" is spelled out once there is a model. `notes` gets what
+    the user should know.
 
     Raises: ValueError when the model has no experts or nothing of a name that is given, or PEFT not that setting for
         experts or for a model that is spread over ranks.
@@ -134,7 +137,8 @@ def lora_config(section: LoraSection | None, config: PreTrainedConfig, setup: Di
     adapters.check(made)
     if max(setup.ranks, setup.ep_size, setup.dp_replicate, setup.tp_size) > 1:
         adapters.check_spread(made)
-    check_names(made, config)
+    if note := check_names(made, config):
+        notes.append(note)
     return share_experts(made) if section.share_experts else made
 
 

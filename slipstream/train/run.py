@@ -263,7 +263,7 @@ def prepare(recipe: Recipe, overwrite: bool, dry_run: bool = False) -> Prepared:
     if recipe.lora is not None and recipe.lora.load_in_4bit:
         quantization.check(config, BackendConfig.of(section.backend), setup)
         load_kwargs["load_in_4bit"] = True
-    lora = lora_config(recipe.lora, config, setup)
+    lora = lora_config(recipe.lora, config, setup, notes)
     assert recipe.data.max_length is not None
     data = load_data(recipe.data, tokenizer, recipe.data.max_length, config.get_text_config().vocab_size)
     data.notes[:0] = notes

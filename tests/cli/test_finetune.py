@@ -12,7 +12,10 @@ from transformers import AutoConfig
 from transformers.integrations import integration_utils
 
 from slipstream.cli import main
+from slipstream.coverage.architectures import moe_architectures
+from slipstream.planning.flops import meta_model
 from slipstream.train.lora_names import check_names
+from tests.tiny_models import tiny_config
 from tests.train.tiny_chat import (
     CONVERSATIONS,
     MAX_POSITIONS,
@@ -160,9 +163,27 @@ def test_misspelt_targets(
 def test_names_that_experts_had_are_known(checkpoint: Path) -> None:
     """PEFT takes the names of a checkpoint's experts for those that Transformers has fused them under."""
     config = AutoConfig.from_pretrained(checkpoint)
-    check_names(LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]), config)
-    check_names(LoraConfig(target_modules="all-linear", target_parameters=["all-experts"]), config)
-    check_names(LoraConfig(target_modules=r".*\.(q|v)_proj", modules_to_save=["lm_head"]), config)
+    for lora in (
+        LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]),
+        LoraConfig(target_modules="All-Linear", target_parameters=["all-experts"]),
+        LoraConfig(target_modules=r".*\.(q|v)_proj", modules_to_save=["lm_head"]),
+    ):
+        assert check_names(lora, config) is None
+
+
+@pytest.mark.parametrize("architecture", moe_architectures())
+def test_names_that_recipes_give_for_any_model(architecture: str) -> None:
+    """PEFT trains those that there are; a model that has none of them needs others."""
+    config = tiny_config(architecture)
+    check_names(LoraConfig(target_modules="all-linear"), config)
+    usual = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    names = {name.split(".")[-1] for name, _ in meta_model(config).named_modules()}
+    if not names & set(usual):
+        with pytest.raises(ValueError, match="has a name that ends with"):
+            check_names(LoraConfig(target_modules=usual), config)
+        return
+    note = check_names(LoraConfig(target_modules=usual), config)
+    assert all(f" {name}" in (note or "") for name in ("q_proj", "o_proj") if name not in names)
 
 
 @pytest.mark.parametrize(
