@@ -62,26 +62,41 @@ class DeferredLogits(torch.Tensor):
         self._weight = _state_of(head.weight)
         self._has_graph = torch.is_grad_enabled()
         self._hooks: OrderedDict[int, Any] = OrderedDict()
+        self._made_of: tuple[Any, ...] | None = None
         self._tensor: torch.Tensor | None = None
 
     def materialize(self) -> torch.Tensor:
         """The logits as an ordinary tensor that autograd follows.
 
         Raises:
-            RuntimeError: the head's weights have changed since the forward pass.
+            RuntimeError: the head's weights have changed since the forward pass, or FSDP2 has put them away.
         """
         if self._tensor is None:
             if _state_of(self.head.weight) != self._weight:
                 raise RuntimeError(
-                    "these logits were never computed and the output head has changed since (optimizer.step()?): "
-                    "read out.logits before the step, or load the model with backend=BackendConfig(loss='transformers')"
+                    "these logits were never computed, and the output head has changed since (in optimizer.step(), or, "
+                    "over several ranks, been put away in backward()): read out.logits before backward(), or load the "
+                    "model with backend=BackendConfig(loss='transformers')"
                 )
             with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(self._has_graph):
-                logits = F.linear(self.hidden, self.head.weight, self.head.bias)
-                self._tensor = self.transform.apply(logits.to(self.dtype))
+                self._tensor = self._again()
+                if self._tensor is None:
+                    self._tensor = F.linear(self.hidden, self.head.weight, self.head.bias).to(self.dtype)
+                    if self.transform != Transform(self._tensor.shape[-1]):  # else a view, which may lose its hooks
+                        self._tensor = self.transform.apply(self._tensor)
             if self._hooks:
-                self._tensor.register_hook(self._call_hooks)
+                # Not `self`, which holds the tensor: garbage collection sees no hooks on tensors.
+                self._tensor.register_hook(functools.partial(_call_hooks, self._hooks))
         return self._tensor
+
+    def _again(self) -> torch.Tensor | None:
+        """Made of the logits that these were made of, as their hooks and slices want it; None if that is too late."""
+        if self._made_of is None:
+            return None
+        (function, before, *arguments), self._made_of = self._made_of, None
+        tensor = before.materialize()
+        changed_since = tensor._version > 0 and function is not torch.Tensor.__getitem__
+        return None if changed_since else function(tensor, *arguments)
 
     def _follows(self) -> bool:
         """Whether the tensor requires a gradient, or will."""
@@ -96,12 +111,6 @@ class DeferredLogits(torch.Tensor):
         handle = RemovableHandle(self._hooks)
         self._hooks[handle.id] = hook
         return handle
-
-    def _call_hooks(self, grad: torch.Tensor) -> torch.Tensor:
-        for hook in list(self._hooks.values()):
-            changed = hook(grad)
-            grad = grad if changed is None else changed
-        return grad
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -150,6 +159,13 @@ def _state_of(weight: torch.Tensor) -> tuple[int, ...]:
     return id(weight), weight._version, weight.data_ptr() if type(weight) is torch.nn.Parameter else 0
 
 
+def _call_hooks(hooks: OrderedDict[int, Any], grad: torch.Tensor) -> torch.Tensor:
+    for hook in list(hooks.values()):
+        changed = hook(grad)
+        grad = grad if changed is None else changed
+    return grad
+
+
 def _defer_op(func: Any, logits: DeferredLogits, argument: Any = None, *more: Any) -> DeferredLogits | None:
     """`func(logits, argument)` as deferred logits again, or None where it has to be computed."""
     if logits._tensor is not None:  # which may have been changed in place
@@ -177,6 +193,7 @@ def _defer_op(func: Any, logits: DeferredLogits, argument: Any = None, *more: An
         return None
     later = DeferredLogits(logits.hidden, logits.head, transform, dtype)
     later._weight, later._has_graph = logits._weight, logits._has_graph and later._has_graph
+    later._made_of = (func, logits) if argument is None else (func, logits, argument)
     return later
 
 

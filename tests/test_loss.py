@@ -1,7 +1,9 @@
 """Deferred logits against ordinary ones, and the loss on them against Transformers'."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -51,7 +53,7 @@ def test_logits_read_after_the_head_changed_are_refused(pair) -> None:
     out = ours(input_ids=ids, labels=ids)
     out.loss.backward()
     torch.optim.SGD(ours.parameters(), lr=0.1).step()
-    with pytest.raises(RuntimeError, match=r"read out\.logits before the step"):
+    with pytest.raises(RuntimeError, match=r"read out\.logits before backward"):
         out.logits.sum()
 
 
@@ -98,6 +100,20 @@ def test_hooks_wait_for_the_tensor(pair) -> None:
         logits.register_hook(print)
 
 
+@pytest.mark.parametrize("later", [lambda z: z.float(), lambda z: z * 2.0, lambda z: z[..., :50], lambda z: z.tanh()])
+def test_hooks_hear_of_what_is_made_of_logits_and_keep_nothing_alive(pair, later) -> None:
+    _, ours = pair
+    ids, seen = tiny_batch(), []
+    logits = ours(input_ids=ids, labels=ids).logits
+    logits.register_hook(seen.append)
+    later(logits).square().mean().backward()
+    assert len(seen) == 1
+    gone = weakref.ref(logits.materialize())
+    del logits
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.parametrize("later", [lambda z: z.float(), lambda z: z * 1.0, lambda z: z / 1.0, lambda z: z[..., :150]])
 def test_changes_in_place_stay(pair, later) -> None:
     _, ours = pair
@@ -108,6 +124,23 @@ def test_changes_in_place_stay(pair, later) -> None:
         assert later(logits).softmax(-1)[..., :100].sum() == 0
         logits.div_(2)
         assert torch.equal(later(logits), later(logits + 0))
+
+
+def test_what_was_made_of_logits_before_is_a_copy_or_a_slice_of_them(pair) -> None:
+    """As of any tensor."""
+    _, ours = pair
+    ids, seen = tiny_batch(), []
+    logits = ours(input_ids=ids, labels=ids).logits
+    copy, columns = logits.float(), logits[..., :50]
+    logits.register_hook(seen.append)
+    with torch.no_grad():
+        columns[..., :10] = 7.0
+        logits[..., 10:20] = 7.0
+    assert (columns[..., :20] == 7).all()
+    assert (logits[..., :20] == 7).all()
+    assert not (copy == 7).any()
+    columns.square().sum().backward()
+    assert len(seen) == 1
 
 
 def test_all_columns_and_weights_that_were_exchanged(pair) -> None:

@@ -50,12 +50,13 @@ class AverageGradients:
         for parameters in by_dtype.values():
             reached = [parameter.grad is not None for parameter in parameters]
             grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-            flat = torch.cat([*(grad.flatten() for grad in grads), grads[0].new_tensor(reached)])
+            # Where this rank reached all, the host neither sends anything to the device nor waits for it.
+            flags = grads[0].new_ones(len(grads)) if all(reached) else grads[0].new_tensor(reached)
+            flat = torch.cat([*(grad.flatten() for grad in grads), flags])
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
             *parts, ranks = flat.split([*(grad.numel() for grad in grads), len(grads)])
             torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
-            # The host waits for the device only where this rank reached less than all.
             anywhere = reached if all(reached) else ranks.tolist()
             for parameter, grad, somewhere in zip(parameters, grads, anywhere, strict=True):
                 parameter.grad = grad if somewhere else None

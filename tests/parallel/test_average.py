@@ -32,6 +32,24 @@ def test_ranks_that_reach_different_parameters() -> None:
         assert found == [[3.0] * 3, [10.0] * 5, None, None]
 
 
+def _without_asking_the_device() -> list[Any]:
+    def asked(*args: Any) -> Any:
+        raise AssertionError("the host waits for a GPU here")
+
+    parameters = [nn.Parameter(torch.ones(width)) for width in (3, 5)]
+    average = AverageGradients()
+    for parameter in parameters:
+        average.add(parameter)
+    torch.Tensor.tolist = torch.Tensor.new_tensor = torch.Tensor.item = asked
+    sum(parameter.sum() * (dist.get_rank() + 1) for parameter in parameters).backward()
+    return [parameter.grad for parameter in parameters]
+
+
+def test_where_all_are_reached_the_host_does_not_wait() -> None:
+    for found in run_ranks(_without_asking_the_device, 2):
+        assert all((grad == 1.5).all() for grad in found)
+
+
 def test_it_keeps_no_parameter_alive_and_can_be_copied() -> None:
     average, parameter = AverageGradients(), nn.Parameter(torch.ones(3))
     average.add(parameter)
