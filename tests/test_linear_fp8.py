@@ -177,5 +177,5 @@ def test_torchs_gemm_is_the_emulated_one(inputs: int, outputs: int, tokens: int,
 def test_a_compiled_model_trains_on_a_gpu() -> None:
     with torch.device("cuda"):
         models = [loaded(), loaded(backend={"linear": "fp8", "experts": "fp8", "compile": "layers"})]
-    bf16, rounded = (sgd_losses(model, [tiny_batch().cuda()] * 6) for model in models)
+    bf16, rounded = (sgd_losses(model, [tiny_batch().cuda()] * 6, lr=0.1) for model in models)
     assert rounded == pytest.approx(bf16, rel=0.03)

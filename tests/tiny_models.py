@@ -11,9 +11,9 @@ from slipstream.coverage.tiny import SMALL, VOCAB_SIZE, tiny_batch, tiny_config,
 __all__ = ["SMALL", "VOCAB_SIZE", "moe_architectures", "sgd_losses", "tiny_batch", "tiny_config", "tiny_model"]
 
 
-def sgd_losses(model: Any, batches: Iterable[torch.Tensor]) -> list[float]:
-    """The loss of each batch of ids, with a large step of SGD behind it."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+def sgd_losses(model: Any, batches: Iterable[torch.Tensor], lr: float = 0.5) -> list[float]:
+    """The loss of each batch of ids, with a step of SGD behind it; a large one unless told."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     losses = []
     for ids in batches:
         loss = model(input_ids=ids, labels=ids).loss

@@ -92,13 +92,12 @@ def search(
     """The largest power of two that divides `rows` and whose memory stays below `limit`, and that memory.
 
     Args:
-        trial: makes a step on so many tokens, at most `length` a row, and measures it.
+        trial: measures a step on so many tokens, at most `length` a row.
         rows: of a step, on this device.
         length: tokens of the longest row.
         limit: bytes, the same on all ranks.
         agree: the largest of what the ranks have.
     """
-    trial(length)  # makes the optimizer's state, which every later step has
     half, one = trial(max(1, length // 2)), trial(length)
     last, before, tokens_before = one, half, max(1, length // 2)
     size, peak = 1, agree(max(one.backward, one.update))
@@ -147,7 +146,15 @@ class TrialStep:
             group["lr"] = 0.0
 
     def __call__(self, tokens: int) -> Memory:
-        """A step on so many tokens: whole rows, or a part of one."""
+        """A step on so many tokens, whole rows or a part of one, as training makes them.
+
+        The first step of a size may compile, which tries kernels out in memory of its own; the very first makes the
+        optimizer's state. So it is the second that counts.
+        """
+        self._step(tokens)
+        return self._step(tokens)
+
+    def _step(self, tokens: int) -> Memory:
         trainer, model, optimizer = self._trainer, self._trainer.model, self._trainer.optimizer
         self._empty_cache()
         self._reset_peak()

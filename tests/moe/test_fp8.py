@@ -50,7 +50,7 @@ def check_training(models: list[Any], compiled: bool) -> None:
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
         compile_layers(models[1], "aot_eager")
-    bf16, rounded = (sgd_losses(model, [tiny_batch()] * 6) for model in models)
+    bf16, rounded = (sgd_losses(model, [tiny_batch()] * 6, lr=0.1) for model in models)
     assert rounded[-1] < rounded[0] - 0.5
     assert rounded == pytest.approx(bf16, rel=0.03)
     assert rounded != bf16
@@ -317,7 +317,7 @@ def test_forward_and_gradients_on_a_gpu(transposed: bool) -> None:
 def test_a_compiled_model_trains_on_a_gpu_and_does_not_wait() -> None:
     with torch.device("cuda"):
         models = [loaded(), loaded(backend={"experts": "fp8", "compile": "layers"})]
-    bf16, rounded = (sgd_losses(model, [tiny_batch().cuda()] * 6) for model in models)
+    bf16, rounded = (sgd_losses(model, [tiny_batch().cuda()] * 6, lr=0.1) for model in models)
     assert rounded == pytest.approx(bf16, rel=0.03)
     idx, inputs, function = experts()
     idx, inputs = idx.cuda(), {name: tensor.cuda() for name, tensor in inputs.items()}
