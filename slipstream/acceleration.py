@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slipstream import adapters, fp8, hf, linear_fp8
-from slipstream.attention import block_selection, head_scales
+from slipstream.attention import block_residual, block_selection, head_scales, relative_bias
 from slipstream.attention import interface as attention
 from slipstream.backend import BackendConfig
 from slipstream.checkpoint.export import install_save
@@ -158,9 +158,12 @@ def choose_dispatcher(backend: BackendConfig, setup: DistributedSetup) -> Choice
 
 def _attention(model: PreTrainedModel, backend: BackendConfig) -> Choice:
     choice = _attention_function(model, backend)
-    if not block_selection.install(model):
-        return choice
-    return replace(choice, why=f"{choice.why}; its indexers select blocks for all queries at once")
+    if block_selection.install(model):
+        return replace(choice, why=f"{choice.why}; its indexers select blocks for all queries at once")
+    block_residual.install(model)
+    if relative_bias.install(model):
+        return replace(choice, why=f"{choice.why}; the gradient of its relative bias is gathered")
+    return choice
 
 
 def _attention_function(model: PreTrainedModel, backend: BackendConfig) -> Choice:

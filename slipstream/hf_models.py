@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -32,8 +33,21 @@ from slipstream.parallel.units import class_of
 LLAMA4_EXPERTS, DBRX_EXPERTS, LONGCAT_EXPERTS = "Llama4TextExperts", "DbrxExperts", "LongcatFlashExperts"
 QSA_INDEXER = "Qwen4ExpTextQSAIndexer"  # see `attention.block_selection`
 ZAYA_QK_NORM = "ZayaQKNorm"  # see `attention.head_scales`
+RELATIVE_LOGITS = ("InklingRelativeLogits", "Inkling2RelativeLogits")  # see `attention.relative_bias`
+BLOCK_RESIDUAL = "Inkling2BlockAttentionResidual"  # see `attention.block_residual`
 _ORIGINAL = "slipstream_original"
 _IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # from_pretrained reads no tensor in advance
+
+
+def replace_forward(model: nn.Module, forward: Callable[..., Any], *classes: str) -> bool:
+    """Let the modules of `model` that are of one of these classes run `forward`, in place; whether it has such.
+
+    The function has to have that name, by which copies and pickles bind it anew.
+    """
+    found = [module for module in model.modules() if class_of(module).__name__ in classes]
+    for module in found:
+        module.forward = MethodType(forward, module)
+    return bool(found)
 
 
 def takes_positions(config: PretrainedConfig) -> bool:

@@ -8,24 +8,19 @@ Dims: S tokens, H indexer heads, D their width, N blocks, R tokens of a block.
 """
 
 import math
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slipstream import hf_models
-from slipstream.parallel.units import class_of
 
 _QUERIES = 4096  # whose scores by head exist at once
 
 
 def install(model: nn.Module) -> bool:
     """Let the indexers of `model` select for all queries at once, in place; whether it has such."""
-    found = [module for module in model.modules() if class_of(module).__name__ == hf_models.QSA_INDEXER]
-    for module in found:
-        module.forward = MethodType(forward, module)  # named so: survives deepcopy and pickle
-    return bool(found)
+    return hf_models.replace_forward(model, forward, hf_models.QSA_INDEXER)
 
 
 @torch.compiler.disable

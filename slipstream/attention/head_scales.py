@@ -8,22 +8,17 @@ number a token and head, so that what is summed over the width is what the norm 
 Dims: B batch, S tokens, N heads, D a head's width.
 """
 
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slipstream import hf_models
-from slipstream.parallel.units import class_of
 
 
 def install(model: nn.Module) -> bool:
     """Let the norms of `model` that are of this kind compute so, in place; whether it has such."""
-    found = [module for module in model.modules() if class_of(module).__name__ == hf_models.ZAYA_QK_NORM]
-    for module in found:
-        module.forward = MethodType(forward, module)  # named so: survives deepcopy and pickle
-    return bool(found)
+    return hf_models.replace_forward(model, forward, hf_models.ZAYA_QK_NORM)
 
 
 def forward(self: Any, queries_BSND: Tensor, keys_BSMD: Tensor) -> tuple[Tensor, Tensor]:
