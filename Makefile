@@ -22,7 +22,7 @@ demo: venv
 # One torch thread a worker: small models gain nothing from more. Three workers on two cores: many tests wait for
 # processes that they start.
 test: lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n 3 --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n 3 --dist worksteal --durations 20
 
 test-all: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 3

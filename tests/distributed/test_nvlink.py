@@ -42,13 +42,12 @@ RANKS += [pytest.param(4, id="4 ranks", marks=pytest.mark.skipif(0 < gpus < 4, r
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED or gpus > 1, reason="the other tests run by themselves")
-@pytest.mark.parametrize("file", ["test_nvlink.py", "test_nvlink_models.py"])
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_interpreted(which: str, file: str) -> None:
+def test_interpreted(which: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     marks = f"{which} and not gpu"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks]
-    command += [str(Path(__file__).with_name(file))]
+    command += [str(Path(__file__).with_name(name)) for name in ("test_nvlink.py", "test_nvlink_models.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
