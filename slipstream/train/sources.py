@@ -195,7 +195,9 @@ def _hub(source: Source, streaming: bool) -> Iterator[Placed]:
 
 
 def _of_arrow(row: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys that Arrow gives every message and call because others have them."""
+    """Without the keys that Arrow gives every message and call because others have them; ids have none."""
+    if row.get("input_ids") is not None:
+        return row
     return {key: drop_nulls(value) for key, value in row.items()}
 
 

@@ -275,6 +275,14 @@ def test_arrow_and_json_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.M
         assert [row for _, row in placed(source)] == expected
 
 
+def test_ids_are_not_searched_for_nulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes as long as all checks of them."""
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    monkeypatch.setattr(sources, "drop_nulls", None)
+    assert [row for _, row in placed(tmp_path / "a.parquet")] == rows
+
+
 def test_nulls_that_a_row_of_json_says_are_kept() -> None:
     call = {"function": {"name": "weather", "arguments": {"city": "Bern", "unit": None}}}
     tools = [{"function": {"name": "weather", "parameters": {"unit": {"default": None}}}}]
