@@ -1,4 +1,4 @@
-"""A recipe on several ranks, without the seconds that a launcher and its processes take to start."""
+"""A recipe on two ranks, without the seconds that a launcher and its processes take to start."""
 
 import io
 from collections.abc import Callable
@@ -27,6 +27,6 @@ def _finetune(path: Path, change: Callable[[], None] | None) -> Outcome:
     return Outcome(screen.getvalue(), None)
 
 
-def finetune_on_ranks(path: Path, change: Callable[[], None] | None = None, ranks: int = 2) -> list[Outcome]:
-    """What each rank printed, and why it was refused or ended early. `change`, of a module, is called on each first."""
-    return run_ranks(_finetune, ranks, path, change)
+def finetune_on_ranks(path: Path, change: Callable[[], None] | None = None) -> list[Outcome]:
+    """What each of two ranks printed, and why it was refused or ended early. `change`, of a module, is called first."""
+    return run_ranks(_finetune, 2, path, change)
