@@ -29,8 +29,10 @@ def test_moving_a_neighbour_changes_nothing(model_type: str) -> None:
     alone = model.get_decoder()(input_ids=one["input_ids"][:, inside].cuda(), use_cache=False).last_hidden_state
     size = alone.abs().max()
     assert (hidden[0] - hidden[1]).abs().max() <= 0.02 * size
-    # bf16 may send a token to another expert where two are near, and those after it hear of it: half are held to it.
-    assert (hidden[0] - alone).abs().amax(-1).float().median() <= 0.05 * size
+    # bf16 may send a token to another expert where two are near: not every token is held to it. MiniMax's state passes
+    # that on to those after it: 0.11 of them on an H200, none in fp32 (benchmarks/NOTES.md, 23 November 2026).
+    far = (hidden[0] - alone).abs().amax(-1) > 0.05 * size
+    assert far.float().mean() < (0.5 if model_type == "minimax" else 0.1)
     hidden[0].float().square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
