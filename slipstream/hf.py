@@ -158,8 +158,8 @@ def let_packing_be_known(known: Callable[[int, int], Any]) -> None:
 
 
 def uses_causal_lm_loss(model: PreTrainedModel) -> bool:
-    """Whether `model.loss_function` is the ordinary shifted cross-entropy over the vocabulary."""
-    return model.loss_function is causal_lm_loss
+    """Whether the loss of `model` is the ordinary cross-entropy over the vocabulary."""
+    return model.loss_function is causal_lm_loss and not hasattr(model, "_compute_loss")  # ProphetNet's
 
 
 def distributed_config(setup: Any, ep_implementation: str) -> DistributedConfig:

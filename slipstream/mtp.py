@@ -23,8 +23,9 @@ from slipstream.attention.interface import rows_known
 from slipstream.checkpoint import passthrough
 from slipstream.checkpoint.export import install_save
 from slipstream.compilation import compile_layers
+from slipstream.deferred_logits import DeferredLogits
 from slipstream.description import acceleration_of, unwrap
-from slipstream.loss import DeferredLogits, deferred_causal_lm_loss
+from slipstream.loss import deferred_causal_lm_loss
 from slipstream.parallel.activations import checkpoint_activations
 from slipstream.parallel.setup import DistributedSetup, failing_together
 from slipstream.parallel.shard import average_whole, shard_added

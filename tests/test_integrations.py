@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import slipstream
-from slipstream.loss import DeferredLogits
+from slipstream.deferred_logits import DeferredLogits
 from tests.tiny_models import tiny_batch, tiny_model
 
 ROWS = tiny_batch(batch=12, length=24)

@@ -7,9 +7,10 @@ from torch import nn
 
 from slipstream import hf
 from slipstream import linear_cross_entropy as module
+from slipstream.deferred_logits import DeferredLogits
 from slipstream.kernels.cross_entropy import Transform, cross_entropy_
 from slipstream.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from slipstream.loss import DeferredLogits, deferred_causal_lm_loss
+from slipstream.loss import deferred_causal_lm_loss
 from tests.test_linear_cross_entropy import TRANSFORMS, compare_with_reference
 
 pytestmark = pytest.mark.gpu

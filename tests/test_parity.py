@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 import slipstream
 from slipstream import hf, hf_recurrent
-from slipstream.loss import DeferredLogits
+from slipstream.deferred_logits import DeferredLogits
 from tests.tiny_models import moe_architectures, tiny_batch, tiny_model
 
 RELATIVE = 1e-5

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM as Transformers
 from transformers.distributed import DistributedConfig
 
+import slipstream.deferred_logits
 import slipstream.loss
 from slipstream import AutoModelForCausalLM, clip_grad_norm_, hf
 from slipstream.compilation import compile_layers
@@ -68,7 +69,7 @@ def refuse(logits: Any) -> Any:
 def worker(folder: str, setup: dict[str, Any], backend: dict[str, Any] | None = None) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, backend=backend).train()
     assert slipstream.describe(model)["loss"].chosen == "fused"
-    with mock.patch.object(slipstream.loss.DeferredLogits, "materialize", refuse):
+    with mock.patch.object(slipstream.deferred_logits.DeferredLogits, "materialize", refuse):
         return train(model, clip_grad_norm_, dist.get_rank(), dist.get_world_size())
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slipstream.checkpoint.merge import merge
 from slipstream.checkpoint.output import publish
-from slipstream.loss import DeferredLogits
+from slipstream.deferred_logits import DeferredLogits
 from slipstream.train.arguments import Arguments
 from slipstream.train.formats import IGNORE
 from slipstream.train.recipe_file import load_recipe
