@@ -79,7 +79,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _NO_MORE = "it has no more experts to leave out"
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 

@@ -24,9 +24,10 @@ Every causal-LM architecture of Transformers {transformers}, as `slipstream cove
 - **step**, **memory**: Transformers' time of a training step over ours, and our peak memory over theirs, by
   `slipstream coverage --speed` at the shapes of the architecture's default config, fewer layers and experts where one
   GPU has no room for them. A row below {aim} says why: what GEMMs, attention and AdamW alone, at the rates of
-  [planning](planning.md), would leave as the most that any kernel around them could gain, or which layers mix tokens by
-  something for which that is not counted. Indexed and compressed attention is Transformers' PyTorch code on both sides,
-  but for Qwen4-Exp's indexer.
+  [planning](planning.md), would leave as the most that any kernel around them could gain; which layers mix tokens by
+  something for which that is not counted; or that the host sets the pace of so short a step, and how fast it is as
+  [a CUDA graph](performance.md#cuda-graphs). Indexed and compressed attention is Transformers' PyTorch code on both
+  sides, but for Qwen4-Exp's indexer.
 """
 
 
@@ -104,6 +105,8 @@ def _why(speed: dict[str, Any]) -> list[str]:
     """Why a step is not `AIM` times as fast, where that is known."""
     if speed["step"] >= AIM:
         return []
+    if graphed := speed.get("graphed"):
+        return [f"**{graphed:.2f} x as a CUDA graph: the host sets the pace**"]
     if others := speed.get("others"):
         return [f"**{', '.join(others)}: not counted what it takes at least**"]
     known = speed.get("limit", 0) > speed["step"]

@@ -17,6 +17,7 @@ from slipstream.kernels.rounding import Random, join, philox, round_to, split
 _BLOCK, _WARPS = 2048, 8  # 8 elements a thread: one 16-byte access a bf16 tensor
 _SHARED = 1 << 23  # smaller tensors share launches: one of their own takes the host longer than the GPU
 _CHUNK = 1 << 18  # elements that the reference takes at once, so that its intermediate results stay in the cache
+_COLUMNS = 10  # of the table that a launch for many reads
 _WORD = 0xFFFFFFFF
 
 
@@ -41,8 +42,36 @@ class Coefficients(NamedTuple):
         )  # fmt: skip
 
 
+class Facts(NamedTuple):
+    """What a launch has to know of the tensors that stay from step to step; asking them anew is the host's time."""
+
+    size: int
+    kind: tuple[Any, ...] | None  # alike for all that can share a launch; None: has one of its own
+    whole: bool  # begin and end at multiples of 16
+    pointers: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, param: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, residual: torch.Tensor | None
+    ) -> "Facts":
+        tensors = [tensor for tensor in (param, exp_avg, exp_avg_sq, residual) if tensor is not None]
+        size, pointers = param.numel(), tuple(tensor.data_ptr() for tensor in tensors)
+        shared = 0 < size < _SHARED and runs_on(param) and all(tensor.is_contiguous() for tensor in tensors)
+        kind = (param.device, *(tensor.dtype for tensor in tensors)) if shared else None
+        return cls(size, kind, size % 16 == 0 and all(pointer % 16 == 0 for pointer in pointers), pointers)
+
+    def still_of(
+        self, param: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, residual: torch.Tensor | None
+    ) -> bool:
+        """Of the same tensors: whether none has other memory by now (`.data`, `to`)."""
+        pointers = (param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr())
+        if residual is not None:
+            pointers = (*pointers, residual.data_ptr())
+        return pointers == self.pointers and (self.kind is None or self.kind[1] == param.dtype)
+
+
 class Update(NamedTuple):
-    """The arguments of `adamw_`."""
+    """The arguments of `adamw_`, and `facts` of them where they are known."""
 
     param: torch.Tensor
     grad: torch.Tensor
@@ -53,6 +82,7 @@ class Update(NamedTuple):
     random: Random | None
     scale: torch.Tensor | None = None
     skip: torch.Tensor | None = None
+    facts: Facts | None = None
 
 
 def adamw_all_(updates: Iterable[Update]) -> None:
@@ -61,19 +91,25 @@ def adamw_all_(updates: Iterable[Update]) -> None:
     Updates on one device have the same `scale` and `skip`.
     """
     batches: dict[Any, list[Update]] = {}
-    for update in sorted(updates, key=lambda update: -update.param.numel()):
-        if 0 < update.param.numel() < _SHARED and runs_on(update.param):
-            tensors = [tensor for tensor in update[:5] if tensor is not None]
-            if all(tensor.is_contiguous() for tensor in tensors):
-                whole = update.param.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-                # The grid is as wide as the largest of a batch, which is at most four times the smallest.
-                kind = (whole, update.param.numel().bit_length() // 2, update.param.device, update.random is None)
-                dtypes = tuple(tensor.dtype for tensor in tensors)
-                batches.setdefault((*kind, *dtypes, update.coefficients), []).append(update)
-                continue
-        adamw_(*update)
-    for (whole, *_), batch in batches.items():
-        _launch_many(batch, whole)
+    known = [update if update.facts is not None else update._replace(facts=_facts(update)) for update in updates]
+    for update in sorted(known, key=_size, reverse=True):
+        facts, grad = update.facts, update.grad
+        assert facts is not None
+        if facts.kind is None or not grad.is_contiguous():
+            adamw_(*update[:9])
+            continue
+        whole = facts.whole and grad.data_ptr() % 16 == 0
+        kind = (facts.kind, whole, grad.dtype, update.coefficients, update.random is None)
+        batches.setdefault(kind, []).append(update)
+    _launch_shared(list(batches.items()))
+
+
+def _facts(update: Update) -> Facts:
+    return Facts.of(update.param, update.exp_avg, update.exp_avg_sq, update.residual)
+
+
+def _size(update: Update) -> int:
+    return update.facts.size if update.facts is not None else 0
 
 
 def adamw_(
@@ -129,7 +165,7 @@ def _same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _run(update: Update) -> None:
     """On contiguous tensors: the kernel, or the reference a part at a time."""
-    param, grad, exp_avg, exp_avg_sq, residual, coefficients, random, scale, skip = update
+    param, grad, exp_avg, exp_avg_sq, residual, coefficients, random, scale, skip, _ = update
     if runs_on(param):
         _launch(update)
         return
@@ -197,7 +233,7 @@ def _flags(update: Update) -> dict[str, bool]:
 
 
 def _launch(update: Update) -> None:
-    param, grad, exp_avg, exp_avg_sq, residual, coefficients, random, scale, skip = update
+    param, grad, exp_avg, exp_avg_sq, residual, coefficients, random, scale, skip, _ = update
     beta1, beta2, decay, step_size, root_scale, eps = coefficients
     key, start = random or Random(0)
     with torch.cuda.device_of(param):
@@ -210,25 +246,41 @@ def _launch(update: Update) -> None:
         )  # fmt: skip
 
 
-def _launch_many(batch: list[Update], whole: bool) -> None:
-    """Updates that differ in their tensors and random bits only; `whole`: all begin and end at multiples of 16."""
-    param, grad, exp_avg, exp_avg_sq, _, coefficients, _, scale, skip = batch[0]
+def _launch_shared(batches: list[tuple[Any, list[Update]]]) -> None:
+    """One launch for each batch of updates, which differ in their tensors, sizes and random bits only."""
+    by_device: dict[torch.device, list[tuple[Any, list[Update]]]] = {}
+    for batch in batches:
+        by_device.setdefault(batch[1][0].param.device, []).append(batch)
+    for device, those in by_device.items():
+        rows: list[int] = []
+        launches = []
+        for (_, whole, *_), updates in those:
+            first, blocks = len(rows) // _COLUMNS, 0
+            for update in updates:
+                facts, (key, start) = update.facts, update.random or Random(0)
+                assert facts is not None
+                param, exp_avg, exp_avg_sq, *residual = facts.pointers
+                rows += (param, update.grad.data_ptr(), exp_avg, exp_avg_sq, residual[0] if residual else 0)
+                rows += (facts.size, _signed(key & _WORD), _signed(key >> 32), start, blocks)
+                blocks += -(-facts.size // _BLOCK)
+            launches.append((updates, whole, first, blocks))
+        table = torch.tensor(rows, dtype=torch.int64).view(-1, _COLUMNS)
+        if device.type == "cuda":
+            table = table.pin_memory().to(device, non_blocking=True)
+        for updates, whole, first, blocks in launches:
+            _launch_many(updates, table[first : first + len(updates)], whole, blocks)
+
+
+def _launch_many(updates: list[Update], table: torch.Tensor, whole: bool, blocks: int) -> None:
+    param, grad, exp_avg, exp_avg_sq, _, coefficients, _, scale, skip, _ = updates[0]
     beta1, beta2, decay, step_size, root_scale, eps = coefficients
-    rows = []
-    for update in batch:
-        key, start = update.random or Random(0)
-        pointers = [tensor.data_ptr() if tensor is not None else 0 for tensor in update[:5]]
-        rows.append([*pointers, update.param.numel(), _signed(key & _WORD), _signed(key >> 32), start])
-    table = torch.tensor(rows, dtype=torch.int64)
-    if param.is_cuda:
-        table = table.pin_memory().to(param.device, non_blocking=True)
     with torch.cuda.device_of(param):
-        _adamw_many_kernel[(len(batch), -(-max(update.param.numel() for update in batch) // _BLOCK))](
-            table, table if scale is None else scale, table if skip is None else skip,
+        _adamw_many_kernel[(blocks,)](
+            table, table if scale is None else scale, table if skip is None else skip, len(updates),
             beta1, 1 - beta1, beta2, 1 - beta2, decay, step_size, root_scale, eps, 0,
             PARAM=_TRITON[param.dtype], GRAD=_TRITON[grad.dtype], EXP_AVG=_TRITON[exp_avg.dtype],
-            EXP_AVG_SQ=_TRITON[exp_avg_sq.dtype], WHOLE=whole,
-            **_flags(batch[0]), BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
+            EXP_AVG_SQ=_TRITON[exp_avg_sq.dtype], WHOLE=whole, COLUMNS=_COLUMNS,
+            **_flags(updates[0]), BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -338,11 +390,12 @@ if HAS_TRITON:
                 step_size, root_scale, eps, key, high_key, start, zero, STOCHASTIC, MASTER, SCALED,
             )  # fmt: skip
 
-    @triton.jit(do_not_specialize=["zero"])
+    @triton.jit(do_not_specialize=["table", "rows", "zero"])
     def _adamw_many_kernel(
         table,
         scale,
         skip,
+        rows,
         beta1,
         rest1,
         beta2,
@@ -357,19 +410,29 @@ if HAS_TRITON:
         EXP_AVG: tl.constexpr,
         EXP_AVG_SQ: tl.constexpr,
         WHOLE: tl.constexpr,
+        COLUMNS: tl.constexpr,
         STOCHASTIC: tl.constexpr,
         MASTER: tl.constexpr,
         SCALED: tl.constexpr,
         SKIPS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        row = table + tl.program_id(0) * 9
-        size = tl.load(row + 5)
-        first = tl.program_id(1).to(tl.int64) * BLOCK
-        applies = first < size
+        applies = True
         if SKIPS:
-            applies = applies & (tl.load(skip) == 0.0)
+            applies = tl.load(skip) == 0.0
         if applies:
+            # The last row that begins at this block or before; their blocks are numbered through.
+            block = tl.program_id(0)
+            low = block * 0
+            high = low + rows
+            while high - low > 1:
+                middle = (low + high) // 2
+                before = tl.load(table + middle * COLUMNS + (COLUMNS - 1)) <= block
+                low = tl.where(before, middle, low)
+                high = tl.where(before, high, middle)
+            row = table + low * COLUMNS
+            first = (block - tl.load(row + COLUMNS - 1)) * BLOCK
+            size = tl.load(row + 5)
             param = tl.load(row).to(tl.pointer_type(PARAM))
             grad = tl.load(row + 1).to(tl.pointer_type(GRAD))
             exp_avg = tl.load(row + 2).to(tl.pointer_type(EXP_AVG))

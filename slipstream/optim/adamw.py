@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from slipstream.kernels.adamw import Coefficients, Update, adamw_all_
+from slipstream.kernels.adamw import Coefficients, Facts, Update, adamw_all_
 from slipstream.optim.shards import place_of, random_at
 
 Rounding = Literal["nearest", "stochastic", "master"]
@@ -135,7 +135,7 @@ class AdamW(Optimizer):
                 number += 1
         self._stepped = [self._states(param, group)["step"] for _, param, _, group, _ in work]
         if work:
-            torch._foreach_add_(self._stepped, 1)
+            torch._foreach_add_(self._stepped, torch.tensor(1.0), alpha=1.0)  # 1 would become a tensor for each
         steps = torch.stack(self._stepped).tolist() if work else []
         adamw_all_(
             self._update(*entry, int(step), coefficients, controls) for entry, step in zip(work, steps, strict=True)
@@ -177,9 +177,9 @@ class AdamW(Optimizer):
         residual = state["residual"] if _has_residual(param, group) else None
         whole = (_local(param), state["exp_avg"], state["exp_avg_sq"], residual)
         part = self._parts.get(param)
-        if part is None or any(one is not other for one, other in zip(part.whole, whole, strict=True)):
+        if part is None or not part.is_still_of(*whole):
             local = [None if tensor is None else _local(tensor) for tensor in whole]
-            part = self._parts[param] = _Part(whole, local, place_of(param))
+            part = self._parts[param] = _Part(whole, local, place_of(param), Facts.of(*local))
         own, exp_avg, exp_avg_sq, missing = part.local
         return Update(
             own,
@@ -190,6 +190,7 @@ class AdamW(Optimizer):
             coefficients(lr, tuple(group["betas"]), group["eps"], group["weight_decay"], step),
             None if group["rounding"] == "nearest" else random_at(part.place, group["seed"], number, step),
             *controls(param.device),
+            part.facts,
         )
 
 
@@ -199,6 +200,12 @@ class _Part(NamedTuple):
     whole: tuple[Any, ...]  # this rank's weights and the states, which it was found for
     local: list[Any]
     place: tuple[int, int]
+    facts: Facts
+
+    def is_still_of(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, residual: Tensor | None) -> bool:
+        one, two, three, four = self.whole
+        same = param is one and exp_avg is two and exp_avg_sq is three and residual is four
+        return same and self.facts.still_of(*self.local)
 
 
 def _has_residual(param: Tensor, group: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import slipstream
 from slipstream import hf
 from slipstream.bench.measure import token_ids
+from slipstream.bench.options import Job
 from slipstream.cli import app
 from slipstream.coverage import architectures, checks, ranks, shapes, speed, table, warm
 from slipstream.coverage.compare import Attempt, Cell
@@ -255,8 +256,28 @@ def test_a_slow_row_says_why() -> None:
     assert row("gemma4_text", 100.0, 90.0) == "some, NVIDIA H200"
 
 
+@pytest.mark.parametrize(
+    ("ours_ms", "limit", "expected"),
+    [(12.0, 2.5, 1.25), (12.0, None, 1.25), (12.0, 1.2, None), (7.0, 2.5, None), (8.2, 2.5, None)],
+    ids=["the host's pace", "no limit known", "the GEMMs' pace", "fast", "no faster as a graph"],
+)
+def test_a_short_step_is_timed_as_a_cuda_graph_too(ours_ms, limit, expected, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(job: Job) -> dict[str, Any]:
+        ms = 10.0 if job.contender == speed.RIVAL else 8.0 if job.options.cuda_graphs else ours_ms
+        result = {"back_to_back_ms": ms, "peak_gib": 1.0, "first_loss": 2.0, "cold_start_s": 1.0}
+        return result | {"device_name": "H200", "imbalance": None, "notes": []}
+
+    monkeypatch.setattr(speed, "execute", execute)
+    monkeypatch.setattr(speed, "_conditions", lambda options: {"tokens": 4096})
+    monkeypatch.setattr(speed, "limit", lambda *_: {} if limit is None else {"limit": limit})
+    found = speed.measure(speed.Timed("llama"), 10)
+    assert found.get("graphed") == expected
+    assert ("1.25 x as a CUDA graph" in table.speed_cells(found)[2]) == (expected is not None)
+
+
 def test_longer_rows_have_positions() -> None:
     assert shapes.timed_config("bert", 8192).max_position_embeddings > 8192
+    assert shapes.timed_config("whisper", 4096).max_target_positions > 4096
     assert shapes.timed_tokens("rwkv", 4096) < shapes.timed_tokens("llama", 4096) == 4096
 
 
