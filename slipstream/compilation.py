@@ -29,6 +29,8 @@ from slipstream.parallel.units import class_of
 # Graphs per layer class: its kinds (dense, MoE, sliding window, …), in training and evaluation, for one row and more.
 _GRAPHS = 64
 _BACKEND, _GPU_ONLY = "_slipstream_compile_backend", "_slipstream_compile_on_gpu_only"
+_FLOATS_DIFFER = "_slipstream_floats_differ"
+_FEW = 3  # layers that differ in a number alone have a graph each, up to so many
 _UNCOMPILED = "_slipstream_uncompiled"  # class -> reason, one dict for all layers of a model
 
 
@@ -54,11 +56,16 @@ def compile_layers(
     layers = decoder_layers(model)
     failed: dict[str, str] = {}
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    alike: dict[Any, set[tuple[float, ...]]] = {}
+    for layer in layers:
+        places, floats = _floats(layer)
+        alike.setdefault((class_of(layer), places), set()).add(floats)
     for layer in layers:
         # Bound to a module-level function named forward, as in loss.py: survives deepcopy and pickle.
         layer.forward = MethodType(forward, layer)
         layer.__dict__[_BACKEND], layer.__dict__[_GPU_ONLY] = backend, gpu_only
         layer.__dict__[_UNCOMPILED] = failed
+        layer.__dict__[_FLOATS_DIFFER] = len(alike[class_of(layer), _floats(layer)[0]]) > _FEW
     hf_models.record_outside(model, layers)
     return sorted({class_of(layer).__name__ for layer in layers})
 
@@ -73,20 +80,23 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     name = class_of(self).__name__
     if name in self.__dict__[_UNCOMPILED]:
         return own(self, *args, **kwargs)
-    backend = self.__dict__[_BACKEND]
+    how = self.__dict__[_BACKEND], self.__dict__[_FLOATS_DIFFER]
     if _recomputes_outside(self):
         kwargs.pop("use_cache", None)
-        graph = _compiled(hf.without_checkpoint(self), backend)
+        graph = _compiled(hf.without_checkpoint(self), *how)
         run = hf.recomputed(self, functools.partial(graph, self, **kwargs))
     else:
-        run = functools.partial(_compiled(own, backend), self, **kwargs)
+        run = functools.partial(_compiled(own, *how), self, **kwargs)
     try:
         return run(*_alike(self, args))
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, torch.OutOfMemoryError | TimeoutError):  # no fault of the graph's
             raise
         reason = first_line(error.inner_exception)
-    # Outside of the handler, which would keep the failed call's tensors.
+    except torch._dynamo.exc.TorchRuntimeError as error:  # while tracing, on tensors without values
+        reason = first_line(error)
+    # Outside of the handler, which would keep the failed call's tensors. An error of the model's comes again here.
+    out = own(self, *args, **kwargs)
     self.__dict__[_UNCOMPILED][name] = reason
     if int(os.environ.get("RANK", 0)) == 0:
         warnings.warn(
@@ -95,7 +105,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"the attempt out. The reason: {reason}",
             stacklevel=2,
         )
-    return own(self, *args, **kwargs)
+    return out
 
 
 def _recomputes_outside(layer: nn.Module) -> bool:
@@ -110,10 +120,11 @@ def uncompiled(model: nn.Module) -> dict[str, str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and what its message begins with; where that names a generated file alone, the next line
-    says what is wrong with it."""
-    lines = str(error).strip().splitlines()
-    told = " ".join(lines[: 2 if lines and lines[0].startswith("Failed to import") else 1])
+    """The kind of an error and what its message begins with; where that names a generated file or a kind of failure
+    alone, the next line says what is wrong."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    unsaid = "".join(lines[:1]).startswith("Failed to import") or "".join(lines[1:2]).startswith("Explanation:")
+    told = " ".join(lines[: 2 if unsaid else 1])
     return f"{type(error).__name__}: {told}"[:300] if told else type(error).__name__
 
 
@@ -129,8 +140,19 @@ def _alike(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args
 
 
+def _floats(layer: nn.Module) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Where `layer` and its modules hold numbers, and these: one that differs is another graph (DiffLlama's lambda)."""
+    found = {
+        f"{name}.{key}": value
+        for name, module in layer.named_modules()
+        for key, value in vars(module).items()
+        if type(value) is float
+    }
+    return tuple(found), tuple(found.values())
+
+
 @functools.cache
-def _compiled(own: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(own: Callable[..., Any], backend: str | Callable[..., Any], floats_differ: bool) -> Callable[..., Any]:
     graph = torch.compile(own, dynamic=True, backend=backend)
     config: Any = torch._dynamo.config
     aot: Any = torch._functorch.config
@@ -138,7 +160,7 @@ def _compiled(own: Callable[..., Any], backend: str | Callable[..., Any]) -> Cal
 
     def compiled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # `dynamic` would also make a tensor of every float of the config, on the host, at every call.
-        before, config.specialize_float = config.specialize_float, True
+        before, config.specialize_float = config.specialize_float, not floats_differ
         # Else a backward that does not compile is an error in the middle of backward.
         eagerly, aot.force_non_lazy_backward_lowering = aot.force_non_lazy_backward_lowering, True
         try:

@@ -3,6 +3,7 @@ code generation, which needs no compiler and takes seconds."""
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import slipstream
-from slipstream import hf_models
+from slipstream import BackendConfig, hf_models
 from slipstream.compilation import compile_layers, uncompiled, why_not_compiled
+from slipstream.coverage.tiny import tiny_model as coverage_tiny_model
 from tests.tiny_models import tiny_batch, tiny_model
 
 
@@ -58,6 +60,18 @@ def test_same_loss_and_gradients_from_one_graph_per_kind_of_layer(model_type) ->
     step(model, ids[:, :-5])  # a shorter batch
     step(model, torch.cat([ids, ids])[:, :-3])  # a larger one
     assert graphs() - before == KINDS[model_type]
+
+
+def test_layers_that_all_differ_in_a_number_share_a_graph() -> None:
+    plain = coverage_tiny_model("diffllama", num_hidden_layers=6)
+    model, ids = slipstream.accelerate(copy.deepcopy(plain), backend=BackendConfig(compile="none")), tiny_batch()
+    loss, grads = step(plain, ids)
+    compile_layers(model, "aot_eager")
+    before = graphs()
+    compiled_loss, compiled_grads = step(model, ids)
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_grads, grads, rtol=1e-4, atol=1e-6)
+    assert graphs() - before == 1
 
 
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
@@ -188,6 +202,27 @@ def test_a_layer_that_does_not_compile_runs_as_it_is(part) -> None:
     assert not uncompiled(untouched)
 
 
+def test_a_layer_that_cannot_be_traced_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = accelerated("llama"), tiny_batch()
+    expected = step(model, ids)
+    layer = type(model.get_decoder().layers[0])
+
+    def forward(self, hidden_BSH: torch.Tensor, *args: Any, of=layer.forward, **kwargs: Any) -> torch.Tensor:
+        return of(self, torch.ops.slipstream_tests.untraceable(hidden_BSH), *args, **kwargs)
+
+    with torch.library._scoped_library("slipstream_tests", "FRAGMENT") as library:
+        library.define("untraceable(Tensor x) -> Tensor")
+        library.impl("untraceable", lambda x: x.clone(), "CPU")
+        library.impl("untraceable", lambda x: (_ for _ in ()).throw(RuntimeError("reads values")), "Meta")
+        library.impl("untraceable", torch.library.fallthrough_kernel, "Autograd")
+        monkeypatch.setattr(layer, "forward", forward)
+        compile_layers(model, "aot_eager")
+        with pytest.warns(UserWarning, match="reads values"):
+            found = [step(model, ids) for _ in range(2)]
+    assert [loss for loss, *_ in found] == [expected[0]] * 2
+    assert list(uncompiled(model)) == [layer.__name__]
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("compiling"), TimeoutError("too long"), KeyboardInterrupt()])
 def test_other_errors_come_through(error) -> None:
     def refuse(graph, example_inputs):
@@ -204,6 +239,6 @@ def test_an_error_of_the_model_comes_through() -> None:
     model = accelerated("llama")
     compile_layers(model, "aot_eager")
     model.get_decoder().layers[0].mlp.up_proj.weight.data = torch.zeros(3, 3)
-    with pytest.raises(RuntimeError, match="linear"):  # of the model, not of its compiler
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # of the model, not of its compiler
         step(model, tiny_batch())
     assert not uncompiled(model)

@@ -195,6 +195,8 @@ def install(model: PreTrainedModel) -> None:
     """Let `model` use this implementation; `obstacle(model)` must be None."""
     hf.let_packing_be_known(known_rows)
     decoder = model.base_model
+    if not {"input_ids", "inputs_embeds"} & set(_parameters(type(decoder).forward)):  # Bart's wrapper, which is not run
+        decoder = decoder.get_decoder()
     if _enter not in decoder._forward_pre_hooks.values():  # pickle keeps hooks
         decoder.register_forward_pre_hook(_enter, with_kwargs=True)
         decoder.register_forward_hook(_leave, always_call=True)

@@ -13,6 +13,7 @@ import slipstream
 from slipstream import BackendConfig
 from slipstream.attention import interface
 from slipstream.attention.rows import Segments
+from slipstream.coverage.tiny import tiny_model as coverage_tiny_model
 from tests.tiny_models import tiny_batch, tiny_model
 
 # Longer than the tiny models' window of 32.
@@ -187,6 +188,36 @@ def test_documents_are_looked_for_once_per_forward(monkeypatch: pytest.MonkeyPat
     ours(input_ids=IDS[:1], position_ids=POSITIONS, labels=IDS[:1]).loss.backward()
     assert len(calls) == 1
     assert interface.known_rows(1, LENGTH) is None  # nothing stays behind
+
+
+@pytest.mark.parametrize("model_type", ["bart", "whisper", "opt"])
+def test_decoders_of_pairs_have_their_rows_known(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their wrapper is not run, and asking the device whether a mask masks anything would make the host wait."""
+    plain = coverage_tiny_model(model_type).eval()  # without dropout
+    plain.config.use_cache = False
+    ours = slipstream.accelerate(copy.deepcopy(plain), backend=BackendConfig(attn="slipstream"))
+    expected = run(plain, input_ids=IDS, labels=IDS)
+    monkeypatch.setattr(masking_utils, "fast_all", lambda mask: pytest.fail("the mask was read"))
+    assert_same(run(ours, input_ids=IDS, labels=IDS), expected)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "bert"])
+def test_another_sequence_of_the_same_length_has_a_mask_of_its_own(model_type: str) -> None:
+    plain = coverage_tiny_model(model_type)
+    if model_type == "bert":
+        plain = type(plain)(
+            type(plain.config)(**{**plain.config.to_dict(), "is_decoder": True, "add_cross_attention": True})
+        )
+    ours = slipstream.accelerate(copy.deepcopy(plain), backend=BackendConfig(attn="slipstream"))
+    mask = torch.ones_like(IDS)
+    mask[1, 20:] = 0
+    inputs = {
+        "encoder_hidden_states": torch.randn(*IDS.shape, plain.config.hidden_size),
+        "encoder_attention_mask": mask,
+        "use_cache": False,
+    }
+    expected = run(plain.eval(), input_ids=IDS, labels=IDS, **inputs)
+    assert_same(run(ours.eval(), input_ids=IDS, labels=IDS, **inputs), expected)
 
 
 def test_an_error_leaves_nothing_behind() -> None:
