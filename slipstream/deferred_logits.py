@@ -199,15 +199,16 @@ def _made_later(func: Any, logits: DeferredLogits, *arguments: Any) -> DeferredL
     if logits._tensor is not None:  # which may have been changed in place
         return None
     name = getattr(func, "__name__", "")
-    rows, transform = (), logits.transform
+    rows: tuple[Any, ...] = ()
+    transform: Transform | None = logits.transform
     if name == "__getitem__":
         index = _rows_and_columns(arguments[0], logits.ndim)
         if index is None:
             return None
         rows, columns = index
-        transform = transform._replace(vocabulary=len(range(transform.vocabulary)[columns]))
+        transform = logits.transform._replace(vocabulary=len(range(logits.shape[-1])[columns]))
     elif name not in _RESHAPING:
-        transform = _transformed(name, transform, arguments)
+        transform = _transformed(name, logits.transform, arguments)
     if transform is None:
         return None
     whole = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
@@ -245,7 +246,7 @@ def _transformed(name: str, transform: Transform, arguments: tuple[Any, ...]) ->
 
 def _rows_and_columns(index: Any, dimensions: int) -> tuple[tuple[Any, ...], slice] | None:
     """Of an index into logits: the one into hidden states, and the columns, where those are the first ones."""
-    index = index if isinstance(index, tuple) else (index,)
+    index = tuple(index) if isinstance(index, tuple) else (index,)
     if not all(part is Ellipsis or type(part) is int or _is_plain_slice(part) for part in index):
         return None
     places = [place for place, part in enumerate(index) if part is Ellipsis]
@@ -253,7 +254,7 @@ def _rows_and_columns(index: Any, dimensions: int) -> tuple[tuple[Any, ...], sli
     if missing < 0 or len(places) > 1:
         return None
     place = places[0] if places else len(index)
-    *rows, columns = *index[:place], *[slice(None)] * missing, *index[place + 1 :]
+    *rows, columns = index[:place] + (slice(None),) * missing + index[place + 1 :]
     if not isinstance(columns, slice) or columns.start is not None or columns.step is not None:
         return None
     if columns.stop is not None and columns.stop <= 0:

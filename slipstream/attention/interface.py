@@ -194,7 +194,7 @@ def why(model: PreTrainedModel) -> str:
 def install(model: PreTrainedModel) -> None:
     """Let `model` use this implementation; `obstacle(model)` must be None."""
     hf.let_packing_be_known(known_rows)
-    decoder = model.base_model
+    decoder: Any = model.base_model
     if not {"input_ids", "inputs_embeds"} & set(_parameters(type(decoder).forward)):  # Bart's wrapper, which is not run
         decoder = decoder.get_decoder()
     if _enter not in decoder._forward_pre_hooks.values():  # pickle keeps hooks

@@ -115,8 +115,8 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
         `step` and `memory`, Transformers' over ours and ours over theirs; `milliseconds` and `gib` of either;
         `graphed`, the ratio with our forward and backward as a CUDA graph, where that is clearly more and `step` less
         than aimed at; `loss_error`, how far the first losses are apart; `compile_s`, our first step; `imbalance` of the
-        routers; what `limit` says; `notes`, where a layer did not compile; `shapes`, `device` and `of`, what it was
-        measured with. Or `error`.
+        routers; our `attention`; what `limit` says; `notes`, where a layer did not compile; `shapes`, `device` and
+        `of`, what it was measured with. Or `error`.
     """
     found: dict[str, Any] = {"of": _conditions(options)}
     attempt = Attempt()
@@ -140,6 +140,7 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
         "compile_s": ours["cold_start_s"],
         "device": ours["device_name"],
         "imbalance": ours["imbalance"],
+        "attention": ours["settings"]["attn"],
         **({"notes": ours["notes"]} if ours["notes"] else {}),
     }
     if options.device == "cuda" and found["step"] < AIM and found.get("limit", AIM) >= AIM:

@@ -64,7 +64,7 @@ class Facts(NamedTuple):
         self, param: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, residual: torch.Tensor | None
     ) -> bool:
         """Of the same tensors: whether none has other memory by now (`.data`, `to`)."""
-        pointers = (param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr())
+        pointers: tuple[int, ...] = (param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr())
         if residual is not None:
             pointers = (*pointers, residual.data_ptr())
         return pointers == self.pointers and (self.kind is None or self.kind[1] == param.dtype)

@@ -178,7 +178,7 @@ class AdamW(Optimizer):
         whole = (_local(param), state["exp_avg"], state["exp_avg_sq"], residual)
         part = self._parts.get(param)
         if part is None or not part.is_still_of(*whole):
-            local = [None if tensor is None else _local(tensor) for tensor in whole]
+            local: list[Any] = [None if tensor is None else _local(tensor) for tensor in whole]
             part = self._parts[param] = _Part(whole, local, place_of(param), Facts.of(*local))
         own, exp_avg, exp_avg_sq, missing = part.local
         return Update(

@@ -254,6 +254,8 @@ def test_a_slow_row_says_why() -> None:
     assert "at most" not in row("mixtral", 60.0, 60.0)  # more than it says: the count does not fit
     assert "linear_attention" in row("kimi_linear", 300.0, 290.0)
     assert row("gemma4_text", 100.0, 90.0) == "some, NVIDIA H200"
+    whole = {"step": 1.1, "memory": 1.0, "shapes": "some", "device": "NVIDIA H200", "limit": 5.0, "attention": "eager"}
+    assert "whole scores" in table.speed_cells(whole)[2]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def test_a_short_step_is_timed_as_a_cuda_graph_too(ours_ms, limit, expected, mon
     def execute(job: Job) -> dict[str, Any]:
         ms = 10.0 if job.contender == speed.RIVAL else 8.0 if job.options.cuda_graphs else ours_ms
         result = {"back_to_back_ms": ms, "peak_gib": 1.0, "first_loss": 2.0, "cold_start_s": 1.0}
-        return result | {"device_name": "H200", "imbalance": None, "notes": []}
+        return result | {"device_name": "H200", "imbalance": None, "notes": [], "settings": {"attn": "slipstream"}}
 
     monkeypatch.setattr(speed, "execute", execute)
     monkeypatch.setattr(speed, "_conditions", lambda options: {"tokens": 4096})
