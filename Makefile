@@ -1,7 +1,7 @@
 # Everything runs from a bare clone with only python3 (3.11 or newer): each target first makes .venv.
 BIN := .venv/bin
 
-.PHONY: help venv demo test test-all test-serving lint docs bench clean
+.PHONY: help venv demo test tests test-all test-serving lint style types docs bench clean
 
 help:
 	@echo "make demo    real weights learn from real conversations on a CPU, in minutes"
@@ -19,9 +19,12 @@ venv:
 demo: venv
 	@scripts/demo.sh
 
-# One torch thread a worker: small models gain nothing from more. Three workers on two cores: many tests wait for
-# processes that they start.
-test: lint docs
+# mypy and the tests at once: these often wait for processes that they start, which is why there are three workers on two
+# cores as well. One torch thread a worker: small models gain nothing from more.
+test: style docs
+	@$(MAKE) --no-print-directory -j2 tests types
+
+tests: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n 3 --dist worksteal --durations 20
 
 test-all: lint docs
@@ -30,9 +33,13 @@ test-all: lint docs
 test-serving: venv
 	@scripts/test_serving.sh
 
-lint: venv
+lint: style types
+
+style: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: venv
 	$(BIN)/mypy
 
 docs: venv

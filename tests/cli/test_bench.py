@@ -26,6 +26,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_whole_command(tmp_path: Path) -> None:
     """Two sides, a rival that does not run on one rank, files, table."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)

@@ -27,6 +27,7 @@ REPRESENTATIVE = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_subset_passes_every_check(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["coverage", "--models", ",".join(REPRESENTATIVE), "--output", f"{tmp_path}/out"])
     assert result.exit_code == 0, result.output

@@ -40,6 +40,7 @@ RANKS = [pytest.param(2, id="2 ranks")]
 RANKS += [pytest.param(4, id="4 ranks", marks=pytest.mark.skipif(0 < gpus < 4, reason="needs 4 GPUs"))]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED or gpus > 1, reason="the other tests run by themselves")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])

@@ -26,6 +26,8 @@ from tests.tiny_models import tiny_batch, tiny_model
 from tests.train.ranks import finetune_on_ranks
 from tests.train.tiny_chat import make_checkpoint, make_tokenizer, write_recipe
 
+pytestmark = pytest.mark.long
+
 STEPS = 6
 SAVED_AT = 3
 

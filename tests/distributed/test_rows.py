@@ -65,6 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_give_the_curve_of_one(folder: Path, name: str) -> None:
     expected = curve(folder / name / "out")

@@ -112,6 +112,7 @@ def test_three_clipped_steps(checkpoints: Path, model_type: str) -> None:
     compare(run_ranks(worker, 4, folder, {"ep_size": 2})[0], expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "setup",
     [

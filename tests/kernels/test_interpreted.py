@@ -15,6 +15,7 @@ FILES = sorted(path for path in Path(__file__).parent.glob("test_*.py") if path 
 PROCESSES = 3  # each has much to import
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the other tests run by themselves")
 @pytest.mark.parametrize("part", range(PROCESSES))

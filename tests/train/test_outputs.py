@@ -113,6 +113,7 @@ def slipstream(*arguments: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_the_command_starts_its_ranks_and_hands_signals_on(tmp_path: Path, checkpoint: Path) -> None:
     """Two ranks that share the experts; stopped half-way, the same command continues the same curve."""
     train = {"num_train_epochs": 4, "per_device_train_batch_size": 2}
