@@ -63,7 +63,7 @@ def test_same_loss_and_gradients_from_one_graph_per_kind_of_layer(model_type) ->
 
 
 def test_layers_that_all_differ_in_a_number_share_a_graph() -> None:
-    plain = coverage_tiny_model("diffllama", num_hidden_layers=6)
+    plain = coverage_tiny_model("diffllama")
     model, ids = slipstream.accelerate(copy.deepcopy(plain), backend=BackendConfig(compile="none")), tiny_batch()
     loss, grads = step(plain, ids)
     compile_layers(model, "aot_eager")

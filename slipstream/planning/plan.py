@@ -285,7 +285,19 @@ def _candidates(model: Model, layout: Layout) -> Iterator[Layout]:
 
 
 def _fitting(model: Model, layout: Layout, gpu: Gpu) -> list[Estimate]:
-    return [found for found in (model.estimate(other, gpu) for other in _candidates(model, layout)) if found.fits]
+    """All that fit. Memory grows with the micro-batch: none larger than one that does not fit is looked at."""
+    fitting = []
+    full = set()
+    for other in _candidates(model, layout):
+        others = other.dp_replicate, other.ep_size, other.checkpointing, other.accumulation
+        if others in full:
+            continue
+        found = model.estimate(other, gpu)
+        if found.fits:
+            fitting.append(found)
+        else:
+            full.add(others)
+    return fitting
 
 
 def _fastest(found: list[Estimate]) -> Estimate | None:

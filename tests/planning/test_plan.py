@@ -8,6 +8,7 @@ import pytest
 
 from slipstream.cli.plan import as_data, verdict
 from slipstream.parallel.setup import CHECKPOINTING
+from slipstream.planning import plan as search
 from slipstream.planning.gpus import GPUS, Gpu, find_gpu, parse_gpus
 from slipstream.planning.measured import CONSTANTS
 from slipstream.planning.memory import GIB
@@ -69,6 +70,15 @@ def test_nothing_fits() -> None:
     made = plan(1, dataclasses.replace(H100, memory_gib=1.0))
     assert made.nearest is None
     assert "train adapters" in verdict(made)[1]
+
+
+def test_layouts_that_are_not_looked_at_would_not_fit() -> None:
+    made = plan(8, dataclasses.replace(H100, memory_gib=60.0))
+    model, layout, gpu = made.model, made.given.layout, made.given.gpu
+    every = [model.estimate(other, gpu) for other in search._candidates(model, layout)]
+    found = search._fitting(model, layout, gpu)
+    assert found == [estimate for estimate in every if estimate.fits]
+    assert 0 < len(found) < len(every)
 
 
 def test_an_expert_parallel_size_that_does_not_go() -> None:
