@@ -56,16 +56,16 @@ def compile_layers(
     layers = decoder_layers(model)
     failed: dict[str, str] = {}
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    held = [_floats(layer) for layer in layers]
     alike: dict[Any, set[tuple[float, ...]]] = {}
-    for layer in layers:
-        places, floats = _floats(layer)
+    for layer, (places, floats) in zip(layers, held, strict=True):
         alike.setdefault((class_of(layer), places), set()).add(floats)
-    for layer in layers:
+    for layer, (places, _) in zip(layers, held, strict=True):
         # Bound to a module-level function named forward, as in loss.py: survives deepcopy and pickle.
         layer.forward = MethodType(forward, layer)
         layer.__dict__[_BACKEND], layer.__dict__[_GPU_ONLY] = backend, gpu_only
         layer.__dict__[_UNCOMPILED] = failed
-        layer.__dict__[_FLOATS_DIFFER] = len(alike[class_of(layer), _floats(layer)[0]]) > _FEW
+        layer.__dict__[_FLOATS_DIFFER] = len(alike[class_of(layer), places]) > _FEW
     hf_models.record_outside(model, layers)
     return sorted({class_of(layer).__name__ for layer in layers})
 

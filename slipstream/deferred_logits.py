@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from slipstream.kernels.cross_entropy import Transform
-from slipstream.linear_cross_entropy import linear_cross_entropy
+from slipstream.linear_cross_entropy import linear_cross_entropy, one_over
 from slipstream.numerics import compute_dtype
 
 _deferring: ContextVar[bool] = ContextVar("slipstream_deferring_logits", default=False)
@@ -48,6 +48,12 @@ class DeferredLogits(torch.Tensor):
     hidden: torch.Tensor
     head: nn.Linear
     transform: Transform
+    _weight: tuple[int, ...]
+    _has_graph: bool
+    _hooks: OrderedDict[int, Any]
+    _made_of: tuple[Any, ...] | None
+    _is_part: bool  # a view of what it was made of
+    _tensor: torch.Tensor | None
 
     @staticmethod
     def __new__(
@@ -58,31 +64,22 @@ class DeferredLogits(torch.Tensor):
         dtype: torch.dtype | None = None,
         strides: tuple[int, ...] | None = None,
     ) -> "DeferredLogits":
-        vocabulary = head.weight.shape[0] if transform is None else transform.vocabulary
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        transform = transform or Transform(head.weight.shape[0])
+        self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
-            (*hidden.shape[:-1], vocabulary),
+            (*hidden.shape[:-1], transform.vocabulary),
             strides=strides,
             dtype=dtype or compute_dtype(hidden),
             device=hidden.device,
         )
-
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        head: nn.Linear,
-        transform: Transform | None = None,
-        dtype: torch.dtype | None = None,
-        strides: tuple[int, ...] | None = None,
-    ) -> None:
-        self.hidden, self.head = hidden, head
-        self.transform = transform or Transform(head.weight.shape[0])
+        self.hidden, self.head, self.transform = hidden, head, transform
         self._weight = _state_of(head.weight)
         self._has_graph = torch.is_grad_enabled()
-        self._hooks: OrderedDict[int, Any] = OrderedDict()
-        self._made_of: tuple[Any, ...] | None = None
-        self._is_part = False  # a view of what it was made of
-        self._tensor: torch.Tensor | None = None
+        self._hooks = OrderedDict()
+        self._made_of = None
+        self._is_part = False
+        self._tensor = None
+        return self
 
     def materialize(self) -> torch.Tensor:
         """The logits as an ordinary tensor that autograd follows.
@@ -289,12 +286,3 @@ def _cross_entropy(
             logits.hidden, head.weight, labels_T, head.bias, logits.transform, ignore_index, scale
         )
         return loss if autocast else loss.to(logits.dtype)
-
-
-def one_over(num_items: Any, labels_T: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """One over `num_items`, or over the number of labels, on the labels' device; the host does not wait for it."""
-    if num_items is None:
-        num_items = (labels_T != ignore_index).sum()
-    elif not isinstance(num_items, torch.Tensor) or num_items.device.type == "cpu":
-        num_items = torch.full((), float(num_items), dtype=torch.float32, device=labels_T.device)
-    return num_items.to(labels_T.device, torch.float32).reciprocal()

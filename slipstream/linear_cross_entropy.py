@@ -104,6 +104,15 @@ def z_loss_sum(logits_TV: torch.Tensor, labels_T: torch.Tensor, ignore_index: in
     return z_loss * squares_T.masked_fill(labels_T == ignore_index, 0).sum()
 
 
+def one_over(num_items: Any, labels_T: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """One over `num_items`, or over the number of labels, on the labels' device; the host does not wait for it."""
+    if num_items is None:
+        num_items = (labels_T != ignore_index).sum()
+    elif not isinstance(num_items, torch.Tensor) or num_items.device.type == "cpu":
+        num_items = torch.full((), float(num_items), dtype=torch.float32, device=labels_T.device)
+    return num_items.to(labels_T.device, torch.float32).reciprocal()
+
+
 def _chunk_size(tokens: int) -> int:
     """Rows a chunk, so that chunks are about equal."""
     chunks = max(1, -(-tokens // CHUNK_TOKENS))

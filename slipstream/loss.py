@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slipstream import hf
-from slipstream.deferred_logits import DeferredLogits, deferring, is_deferring, one_over
-from slipstream.linear_cross_entropy import linear_cross_entropy, z_loss_sum
+from slipstream.deferred_logits import DeferredLogits, deferring, is_deferring
+from slipstream.linear_cross_entropy import linear_cross_entropy, one_over, z_loss_sum
 
 
 def deferred_causal_lm_loss(

@@ -6,7 +6,6 @@ off by an ulp. `rounding` says how results are stored in 16 bits.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +13,10 @@ import torch
 from slipstream.kernels import HAS_TRITON, runs_on
 from slipstream.kernels.rounding import Random, join, philox, round_to, split
 
-_BLOCK, _WARPS = 2048, 8  # 8 elements a thread: one 16-byte access a bf16 tensor
+BLOCK, WARPS = 2048, 8  # 8 elements a thread: one 16-byte access a bf16 tensor
 _SHARED = 1 << 23  # smaller tensors share launches: one of their own takes the host longer than the GPU
 _CHUNK = 1 << 18  # elements that the reference takes at once, so that its intermediate results stay in the cache
-_COLUMNS = 10  # of the table that a launch for many reads
-_WORD = 0xFFFFFFFF
+WORD = 0xFFFFFFFF
 
 
 class Coefficients(NamedTuple):
@@ -83,33 +81,6 @@ class Update(NamedTuple):
     scale: torch.Tensor | None = None
     skip: torch.Tensor | None = None
     facts: Facts | None = None
-
-
-def adamw_all_(updates: Iterable[Update]) -> None:
-    """`adamw_` of each, the largest first, so that the host is done with the many small ones when the GPU is.
-
-    Updates on one device have the same `scale` and `skip`.
-    """
-    batches: dict[Any, list[Update]] = {}
-    known = [update if update.facts is not None else update._replace(facts=_facts(update)) for update in updates]
-    for update in sorted(known, key=_size, reverse=True):
-        facts, grad = update.facts, update.grad
-        assert facts is not None
-        if facts.kind is None or not grad.is_contiguous():
-            adamw_(*update[:9])
-            continue
-        whole = facts.whole and grad.data_ptr() % 16 == 0
-        kind = (facts.kind, whole, grad.dtype, update.coefficients, update.random is None)
-        batches.setdefault(kind, []).append(update)
-    _launch_shared(list(batches.items()))
-
-
-def _facts(update: Update) -> Facts:
-    return Facts.of(update.param, update.exp_avg, update.exp_avg_sq, update.residual)
-
-
-def _size(update: Update) -> int:
-    return update.facts.size if update.facts is not None else 0
 
 
 def adamw_(
@@ -211,7 +182,7 @@ def adamw_reference_(
             tensor.copy_(part)
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The same 32 bits as an int that Triton takes for an int32, whatever its value."""
     return word - (1 << 32) if word >> 31 else word
 
@@ -222,7 +193,7 @@ def _draws(update: Update) -> bool:
     return update.random is not None and any(tensor.dtype != torch.float32 for tensor in rounded)
 
 
-def _flags(update: Update) -> dict[str, bool]:
+def flags(update: Update) -> dict[str, bool]:
     """What is compiled in and what left out."""
     return {
         "STOCHASTIC": _draws(update),
@@ -237,50 +208,12 @@ def _launch(update: Update) -> None:
     beta1, beta2, decay, step_size, root_scale, eps = coefficients
     key, start = random or Random(0)
     with torch.cuda.device_of(param):
-        _adamw_kernel[(-(-param.numel() // _BLOCK),)](
+        _adamw_kernel[(-(-param.numel() // BLOCK),)](
             param, grad, exp_avg, exp_avg_sq, param if residual is None else residual,
             param if scale is None else scale, param if skip is None else skip,
             param.numel(), beta1, 1 - beta1, beta2, 1 - beta2, decay, step_size, root_scale, eps,
-            _signed(key & _WORD), _signed(key >> 32), start, 0,
-            **_flags(update), BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-def _launch_shared(batches: list[tuple[Any, list[Update]]]) -> None:
-    """One launch for each batch of updates, which differ in their tensors, sizes and random bits only."""
-    by_device: dict[torch.device, list[tuple[Any, list[Update]]]] = {}
-    for batch in batches:
-        by_device.setdefault(batch[1][0].param.device, []).append(batch)
-    for device, those in by_device.items():
-        rows: list[int] = []
-        launches = []
-        for (_, whole, *_), updates in those:
-            first, blocks = len(rows) // _COLUMNS, 0
-            for update in updates:
-                facts, (key, start) = update.facts, update.random or Random(0)
-                assert facts is not None
-                param, exp_avg, exp_avg_sq, *residual = facts.pointers
-                rows += (param, update.grad.data_ptr(), exp_avg, exp_avg_sq, residual[0] if residual else 0)
-                rows += (facts.size, _signed(key & _WORD), _signed(key >> 32), start, blocks)
-                blocks += -(-facts.size // _BLOCK)
-            launches.append((updates, whole, first, blocks))
-        table = torch.tensor(rows, dtype=torch.int64).view(-1, _COLUMNS)
-        if device.type == "cuda":
-            table = table.pin_memory().to(device, non_blocking=True)
-        for updates, whole, first, blocks in launches:
-            _launch_many(updates, table[first : first + len(updates)], whole, blocks)
-
-
-def _launch_many(updates: list[Update], table: torch.Tensor, whole: bool, blocks: int) -> None:
-    param, grad, exp_avg, exp_avg_sq, _, coefficients, _, scale, skip, _ = updates[0]
-    beta1, beta2, decay, step_size, root_scale, eps = coefficients
-    with torch.cuda.device_of(param):
-        _adamw_many_kernel[(blocks,)](
-            table, table if scale is None else scale, table if skip is None else skip, len(updates),
-            beta1, 1 - beta1, beta2, 1 - beta2, decay, step_size, root_scale, eps, 0,
-            PARAM=_TRITON[param.dtype], GRAD=_TRITON[grad.dtype], EXP_AVG=_TRITON[exp_avg.dtype],
-            EXP_AVG_SQ=_TRITON[exp_avg_sq.dtype], WHOLE=whole, COLUMNS=_COLUMNS,
-            **_flags(updates[0]), BLOCK=_BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
+            signed(key & WORD), signed(key >> 32), start, 0,
+            **flags(update), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -290,10 +223,8 @@ if HAS_TRITON:
 
     from slipstream.kernels.rounding import joined, parts, philox_words, store_rounded
 
-    _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
     @triton.jit
-    def _update(
+    def update_block(
         param,
         grad,
         exp_avg,
@@ -385,69 +316,7 @@ if HAS_TRITON:
         if applies:
             offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             inside = offsets < size  # sizes divisible by 16 keep the accesses whole
-            _update(
+            update_block(
                 param, grad, exp_avg, exp_avg_sq, residual, scale, offsets, inside, beta1, rest1, beta2, rest2, decay,
                 step_size, root_scale, eps, key, high_key, start, zero, STOCHASTIC, MASTER, SCALED,
-            )  # fmt: skip
-
-    @triton.jit(do_not_specialize=["table", "rows", "zero"])
-    def _adamw_many_kernel(
-        table,
-        scale,
-        skip,
-        rows,
-        beta1,
-        rest1,
-        beta2,
-        rest2,
-        decay,
-        step_size,
-        root_scale,
-        eps,
-        zero,
-        PARAM: tl.constexpr,
-        GRAD: tl.constexpr,
-        EXP_AVG: tl.constexpr,
-        EXP_AVG_SQ: tl.constexpr,
-        WHOLE: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        STOCHASTIC: tl.constexpr,
-        MASTER: tl.constexpr,
-        SCALED: tl.constexpr,
-        SKIPS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        applies = True
-        if SKIPS:
-            applies = tl.load(skip) == 0.0
-        if applies:
-            # The last row that begins at this block or before; their blocks are numbered through.
-            block = tl.program_id(0)
-            low = block * 0
-            high = low + rows
-            while high - low > 1:
-                middle = (low + high) // 2
-                before = tl.load(table + middle * COLUMNS + (COLUMNS - 1)) <= block
-                low = tl.where(before, middle, low)
-                high = tl.where(before, high, middle)
-            row = table + low * COLUMNS
-            first = (block - tl.load(row + COLUMNS - 1)) * BLOCK
-            size = tl.load(row + 5)
-            param = tl.load(row).to(tl.pointer_type(PARAM))
-            grad = tl.load(row + 1).to(tl.pointer_type(GRAD))
-            exp_avg = tl.load(row + 2).to(tl.pointer_type(EXP_AVG))
-            exp_avg_sq = tl.load(row + 3).to(tl.pointer_type(EXP_AVG_SQ))
-            residual = tl.load(row + 4).to(tl.pointer_type(tl.int16))
-            if WHOLE:
-                size = tl.multiple_of(size, 16)
-                param = tl.multiple_of(param, 16)
-                grad = tl.multiple_of(grad, 16)
-                exp_avg = tl.multiple_of(exp_avg, 16)
-                exp_avg_sq = tl.multiple_of(exp_avg_sq, 16)
-                residual = tl.multiple_of(residual, 16)
-            offsets = first + tl.arange(0, BLOCK)
-            _update(
-                param, grad, exp_avg, exp_avg_sq, residual, scale, offsets, offsets < size, beta1, rest1, beta2, rest2,
-                decay, step_size, root_scale, eps, tl.load(row + 6), tl.load(row + 7), tl.load(row + 8), zero,
-                STOCHASTIC, MASTER, SCALED,
             )  # fmt: skip

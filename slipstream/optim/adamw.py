@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from slipstream.kernels.adamw import Coefficients, Facts, Update, adamw_all_
+from slipstream.kernels.adamw import Coefficients, Facts, Update
+from slipstream.kernels.adamw_many import adamw_all_
 from slipstream.optim.shards import place_of, random_at
 
 Rounding = Literal["nearest", "stochastic", "master"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from slipstream.kernels import runs_on
-from slipstream.kernels.adamw import Coefficients, Update, adamw_, adamw_all_, adamw_reference_
+from slipstream.kernels.adamw import Coefficients, Update, adamw_, adamw_reference_
+from slipstream.kernels.adamw_many import adamw_all_
 from slipstream.kernels.rounding import Random, join, philox, round_to, split
 from tests.kernels.conditions import DEVICE, compiled_or_interpreted
 
