@@ -74,7 +74,7 @@ def test_layers_that_all_differ_in_a_number_share_a_graph() -> None:
     assert graphs() - before == 1
 
 
-@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+@pytest.mark.parametrize("checkpointing", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_activation_checkpointing_inside(checkpointing) -> None:
     model, ids = accelerated("qwen3_moe", checkpointing), tiny_batch()
     loss, grads = step(model, ids)

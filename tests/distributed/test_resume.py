@@ -249,6 +249,7 @@ def test_signal_to_one_rank(whole: Path, tmp_path: Path, checkpoint: Path) -> No
         assert got == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_first_error_is_told(tmp_path: Path, checkpoint: Path) -> None:
     done = torchrun(tmp_path, checkpoint, fault="1 3 raise")
     assert done.returncode != 0

@@ -74,6 +74,7 @@ def test_two_ranks_give_the_curve_of_one(folder: Path, name: str) -> None:
         assert got == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_one_rank_continues_a_stream_of_two(folder: Path) -> None:
     two = folder / "stream" / "two" / "checkpoints" / "step-000002"
     rest = folder / "stream" / "rest"

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from slipstream.kernels import runs_on
+from slipstream.kernels import runs_on, scale
 from slipstream.kernels.cross_entropy import Transform, cross_entropy_, cross_entropy_reference_
 from slipstream.kernels.nf4 import dequantize_nf4, dequantize_nf4_reference, quantize_nf4
 from slipstream.kernels.scale import scale_, scale_reference_
@@ -125,9 +125,10 @@ def test_cross_entropy_of_ignored_rows_is_zero(items) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     ("size", "factor"),
-    [*itertools.product([(0,), (1,), (3, 7)], [1.0, 1 / 3, 0.0]), ((4096 * 2049,), 1 / 3)],
+    [*itertools.product([(0,), (1,), (3, 7)], [1.0, 1 / 3, 0.0]), ((5 * 4096 + 3,), 1 / 3)],
 )
-def test_scale(size, factor, dtype) -> None:
+def test_scale(size, factor, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "_PROGRAMS", 2)  # which take several blocks each
     tensor = torch.randn(size, device=DEVICE).to(dtype)
     expected = scale_reference_(tensor.clone(), torch.tensor(factor, device=DEVICE))
     assert scale_(tensor, torch.tensor(factor, device=DEVICE)) is tensor

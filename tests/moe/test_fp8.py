@@ -206,7 +206,9 @@ def loaded(**options: Any) -> Any:
 
 
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=pytest.mark.slow)]
+)
 def test_a_model_trains(compiled: bool) -> None:
     models = [loaded(), loaded(backend={"experts": "fp8"})]
     row = slipstream.describe(models[1])["experts"]

@@ -127,6 +127,7 @@ def test_compiled_layers_count_too_and_nothing_is_compiled_more(checkpointing, p
     assert not seen[0][1]
 
 
+@pytest.mark.slow
 def test_layers_that_were_compiled_before_count_as_well() -> None:
     model, ids = slipstream.accelerate(tiny_model("qwen3_moe", None)), tiny_batch()
     model.config.use_cache = False

@@ -194,7 +194,13 @@ def test_steps_are_clamped_as_the_config_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "packed"), [("nemotron_h", True), ("lfm2_moe", False), ("jetmoe", True), ("minimax", True)]
+    ("model_type", "packed"),
+    [
+        ("nemotron_h", True),
+        pytest.param("lfm2_moe", False, marks=pytest.mark.slow),
+        ("jetmoe", True),
+        ("minimax", True),
+    ],
 )
 def test_compiled_layers_are_one_graph_each(model_type: str, packed: bool) -> None:
     model = slipstream.accelerate(tiny_model(model_type))
@@ -212,7 +218,9 @@ def test_compiled_layers_are_one_graph_each(model_type: str, packed: bool) -> No
         assert (found[name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp(min=1e-3), name
 
 
-@pytest.mark.parametrize("model_type", ["jamba", "qwen3_next", pytest.param("jetmoe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model_type", ["jamba", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_next", "jetmoe"))]
+)
 def test_loops_over_tokens_stay_outside_of_compiled_layers(model_type: str) -> None:
     """Inside, a graph has their steps one by one, for one length."""
     sizes: list[int] = []
