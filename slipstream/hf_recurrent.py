@@ -18,6 +18,7 @@ from slipstream.parallel.units import class_of
 MAMBA_SCAN = "mamba2_chunk_scan"  # in the modelling files with Mamba2 layers
 SELECTIVE_SCAN = "mamba_selective_scan"  # in those with Mamba1 layers, which tell it nothing of documents
 LIGHTNING = "MiniMaxLightningAttention"  # see `recurrent.lightning`
+RG_LRU, RWKV = "RecurrentGemmaRglru", "RwkvSelfAttention"  # see `recurrent.linear_recurrence`
 JETMOE_EXPERTS, JETMOE_ROUTER = "JetMoeParallelExperts", "JetMoeTopKGating"  # see `moe.grouped_projections`
 # Kinds of layers that mix tokens by plain attention, and those that mix none.
 _PLAIN = {
@@ -29,10 +30,8 @@ _PLAIN = {
 SCANS = (MAMBA_SCAN, "torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 CONVOLUTION = "causal_conv1d_fn"
 _BESIDE = (CONVOLUTION, "mamba2_split_conv1d_scan_combined")
-# Other scans that loop over chunks or tokens in Python: such functions, and modules that have the loop in a method.
-# JetMoe's split by sizes on the host, which are others in every step.
-_LOOPS = ("rwkv_linear_attention",)
-_LOOPING_MODULES = ("RecurrentGemmaRglru", "JetMoeAttention", "JetMoeMoE")
+# They split by sizes on the host, which are others in every step.
+_LOOPING_MODULES = ("JetMoeAttention", "JetMoeMoE")
 
 
 @contextmanager
@@ -71,14 +70,8 @@ def recurrent_functions(model: Any) -> dict[str, Any]:
     return {name: unreplaced(module[name]) for name in (*SCANS, SELECTIVE_SCAN, *_BESIDE) if name in module}
 
 
-def loops(model: Any) -> list[str]:
-    """The functions of `model`'s modelling file whose scans are loops in Python, but for `recurrent_functions`."""
-    module = modelling_file(model)
-    return [name for name in _LOOPS if name in module and not runs_package(module[name])]
-
-
 def looping_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules in `model` whose forward has such a loop in it, still."""
+    """The modules in `model` whose forward has a loop in Python in it, still."""
     named = [module for module in model.modules() if class_of(module).__name__ in _LOOPING_MODULES]
     return [module for module in named if not any(map(_is_grouped, module.modules()))]
 
@@ -87,9 +80,9 @@ def _is_grouped(module: nn.Module) -> bool:
     return class_of(module).__name__ == JETMOE_ROUTER and "forward" in vars(module)
 
 
-def lightning_modules(model: nn.Module) -> list[nn.Module]:
-    """The lightning attention in `model`."""
-    return [module for module in model.modules() if class_of(module).__name__ == LIGHTNING]
+def modules_named(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules in `model` whose class Transformers names so, such as `LIGHTNING`."""
+    return [module for module in model.modules() if class_of(module).__name__ == name]
 
 
 def replace_recurrent(model: Any, replacements: dict[str, Callable[..., Any]]) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from slipstream.bench.options import OURS, Job, Options
-from slipstream.bench.worker import execute, versions
+from slipstream.bench.worker import NOT_CAPTURED, execute, versions
 from slipstream.coverage.checks import Row, time_limit
 from slipstream.coverage.compare import Attempt
 from slipstream.coverage.shapes import in_words, timed_config
@@ -114,9 +114,9 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
     Returns:
         `step` and `memory`, Transformers' over ours and ours over theirs; `milliseconds` and `gib` of either;
         `graphed`, the ratio with our forward and backward as a CUDA graph, where that is clearly more and `step` less
-        than aimed at; `loss_error`, how far the first losses are apart; `compile_s`, our first step; `imbalance` of the
-        routers; our `attention`; what `limit` says; `notes`, where a layer did not compile; `shapes`, `device` and
-        `of`, what it was measured with. Or `error`.
+        than aimed at, or `no_graph`, why there is none; `loss_error`, how far the first losses are apart; `compile_s`,
+        our first step; `imbalance` of the routers; our `attention`; what `limit` says; `notes`, where a layer did not
+        compile; `shapes`, `device` and `of`, what it was measured with. Or `error`.
     """
     found: dict[str, Any] = {"of": _conditions(options)}
     attempt = Attempt()
@@ -145,7 +145,10 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
     }
     if options.device == "cuda" and found["step"] < AIM and found.get("limit", AIM) >= AIM:
         graphed, error = _run(OURS, replace(options, cuda_graphs=True, warmup=options.warmup + 2), seconds)
-        if not error and graphed["back_to_back_ms"] < ours["back_to_back_ms"] / _CLEARLY:
+        why_none = [note.removeprefix(NOT_CAPTURED) for note in graphed.get("notes", ()) if NOT_CAPTURED in note]
+        if why_none:
+            found["no_graph"] = why_none[0]
+        elif not error and graphed["back_to_back_ms"] < ours["back_to_back_ms"] / _CLEARLY:
             found["graphed"] = theirs["back_to_back_ms"] / graphed["back_to_back_ms"]
     return found
 

@@ -26,8 +26,9 @@ Every causal-LM architecture of Transformers {transformers}, as `slipstream cove
   GPU has no room for them. A row below {aim} says why: what GEMMs, attention and AdamW alone, at the rates of
   [planning](planning.md), would leave as the most that any kernel around them could gain; which layers mix tokens by
   something for which that is not counted; that no fused attention knows its scores; or that the host sets the pace of
-  so short a step, and how fast it is as [a CUDA graph](performance.md#cuda-graphs). Indexed and compressed attention is
-  Transformers' PyTorch code on both sides, but for Qwen4-Exp's indexer.
+  so short a step, and how fast it is as [a CUDA graph](performance.md#cuda-graphs), or what in the model keeps it
+  from being one. Indexed and compressed attention is Transformers' PyTorch code on both sides, but for Qwen4-Exp's
+  indexer.
 """
 
 
@@ -111,6 +112,8 @@ def _why(speed: dict[str, Any]) -> list[str]:
         return [f"**{', '.join(others)}: not counted what it takes at least**"]
     if speed.get("attention") == "eager":
         return ["**its attention is Transformers' code on both sides, with whole scores**"]
+    if reason := speed.get("no_graph"):
+        return [f"**no CUDA graph: {_plain(reason)}**"]
     known = speed.get("limit", 0) > speed["step"]
     return [f"**at most {speed['limit']:.2f} x: GEMMs, attention, AdamW**"] if known else []
 

@@ -1,1 +1,1 @@
-"""Layers with a state along the row (Mamba, Mamba2, Gated DeltaNet): documents kept apart, memory kept small."""
+"""Layers with a state along the row (Mamba, Mamba2, Gated DeltaNet, RG-LRU): documents kept apart, memory small."""

@@ -24,6 +24,7 @@ from slipstream.parallel.units import class_of
 from slipstream.recurrent.convolution import causal_conv, documents_of
 from slipstream.recurrent.gated_delta import gated_delta_rule
 from slipstream.recurrent.lightning import lightning_attention
+from slipstream.recurrent.linear_recurrence import linear_recurrence, wkv
 from slipstream.recurrent.mamba2 import mamba2_scan
 from slipstream.recurrent.selective_scan import channels_first
 
@@ -40,20 +41,24 @@ def install(model: Any) -> tuple[str, str] | None:
     """Let the Mamba layers, Gated DeltaNet and short convolutions of `model` use ours, in place; says what runs (a
     package's "kernels", our own in "triton", plain "torch", or "compiled" where there is no scan), and what becomes of
     documents; None where Transformers' loops run."""
-    loops, looping = hf_recurrent.loops(model), hf_recurrent.looping_modules(model)
-    hf_recurrent.replace_recurrent(model, dict.fromkeys(loops, _outside))
-    lightning = hf_recurrent.lightning_modules(model)
-    for modules, own in ((looping, forward), (lightning, _attend)):
+    looping = hf_recurrent.looping_modules(model)
+    lightning, rg_lru, rwkv = (
+        hf_recurrent.modules_named(model, name)
+        for name in (hf_recurrent.LIGHTNING, hf_recurrent.RG_LRU, hf_recurrent.RWKV)
+    )
+    for modules, own in ((looping, forward), (lightning, _attend), (rg_lru, _rnn_scan), (rwkv, _average)):
         for module in modules:
-            module.forward = MethodType(own, module)  # named so: survives deepcopy and pickle
+            setattr(module, own.__name__, MethodType(own, module))  # by its name: survives deepcopy and pickle
     functions = hf_recurrent.recurrent_functions(model)
     fast = [name for name, function in functions.items() if hf_recurrent.runs_package(function)]
     hf_recurrent.replace_recurrent(model, {name: _REPLACEMENTS[name] for name in functions if name not in fast})
     of_fla = [name for name in fast if _REPLACEMENTS[name] is _gated_delta]
     hf_recurrent.replace_recurrent(model, dict.fromkeys(of_fla, _package_delta))
-    if not (functions or lightning) or loops or looping:
-        return None
     has_kernels = HAS_TRITON and torch.cuda.is_available()
+    if rg_lru or rwkv:
+        return ("triton", _ALONG) if has_kernels else None
+    if not (functions or lightning) or looping:
+        return None
     if hf_recurrent.SELECTIVE_SCAN in functions:
         for module in model.modules():
             hf_recurrent.ask_for_scan(module, OURS)
@@ -100,6 +105,29 @@ def _attend(
 
 
 _attend.__name__ = "forward"
+
+
+def _average(self: Any, hidden: Any, state: Any = None, use_cache: bool = False) -> Any:
+    if state is not None or use_cache or not _runs_kernels(hidden):
+        return forward(self, hidden, state, use_cache)
+    receptance, key, value, _ = self.extract_key_value(hidden)
+    return self.output(receptance * wkv(self.time_decay, self.time_first, key, value)), None
+
+
+_average.__name__ = "forward"
+
+
+def _rnn_scan(
+    self: nn.Module, hidden_states: Any, recurrent_gate: Any, reset: Any, recurrent_states: Any, **kwargs: Any
+) -> Any:
+    if recurrent_states is not None or not _runs_kernels(hidden_states):
+        return _their_scan(self, hidden_states, recurrent_gate, reset, recurrent_states, **kwargs)
+    return linear_recurrence(recurrent_gate * ~reset, hidden_states), None  # there is no cache that wants a state
+
+
+@torch.compiler.disable
+def _their_scan(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(self)._rnn_scan(self, *args, **kwargs)
 
 
 def _tell(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

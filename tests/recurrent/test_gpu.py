@@ -37,8 +37,8 @@ def test_moving_a_neighbour_changes_nothing(model_type: str) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("model_type", ["jamba", "mamba", "falcon_mamba", "zamba"])
-def test_mamba1_computes_what_transformers_does(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", ["jamba", "mamba", "falcon_mamba", "zamba", "recurrent_gemma", "rwkv"])
+def test_loops_over_tokens_as_kernels(model_type: str) -> None:
     plain = tiny_model(model_type).to("cuda")
     model = slipstream.accelerate(copy.deepcopy(plain))
     assert slipstream.describe(model)["compile"].chosen == "layers"

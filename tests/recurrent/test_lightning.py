@@ -15,7 +15,7 @@ from tests.tiny_models import tiny_batch, tiny_model
 
 def attention(**changes: Any) -> Any:
     torch.manual_seed(0)
-    found = hf_recurrent.lightning_modules(tiny_model("minimax", None, **changes))
+    found = hf_recurrent.modules_named(tiny_model("minimax", None, **changes), hf_recurrent.LIGHTNING)
     assert found
     return found[0]
 
