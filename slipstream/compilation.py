@@ -54,7 +54,8 @@ def compile_layers(
         gpu_only: run them as they are while their inputs are on a CPU, where many models lie until they train.
     """
     layers = decoder_layers(model)
-    failed: dict[str, str] = {}
+    classes = {class_of(layer).__name__ for layer in layers}
+    failed = {name: why for name, why in hf_models.NOT_COMPILED.items() if name in classes}
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     held = [_floats(layer) for layer in layers]
     alike: dict[Any, set[tuple[float, ...]]] = {}
@@ -67,7 +68,7 @@ def compile_layers(
         layer.__dict__[_UNCOMPILED] = failed
         layer.__dict__[_FLOATS_DIFFER] = len(alike[class_of(layer), places]) > _FEW
     hf_models.record_outside(model, layers)
-    return sorted({class_of(layer).__name__ for layer in layers})
+    return sorted(classes)
 
 
 def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -35,6 +35,8 @@ QSA_INDEXER = "Qwen4ExpTextQSAIndexer"  # see `attention.block_selection`
 ZAYA_QK_NORM = "ZayaQKNorm"  # see `attention.head_scales`
 RELATIVE_LOGITS = ("InklingRelativeLogits", "Inkling2RelativeLogits")  # see `attention.relative_bias`
 BLOCK_RESIDUAL = "Inkling2BlockAttentionResidual"  # see `attention.block_residual`
+# Layers that compiling makes slower, and why.
+NOT_COMPILED = {"XmodLayer": "the host picks the rows of each adapter, and waits between a graph's pieces"}
 _ORIGINAL = "slipstream_original"
 _IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # from_pretrained reads no tensor in advance
 

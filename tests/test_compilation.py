@@ -223,6 +223,16 @@ def test_a_layer_that_cannot_be_traced_runs_as_it_is(monkeypatch: pytest.MonkeyP
     assert list(uncompiled(model)) == [layer.__name__]
 
 
+def test_layers_that_graphs_make_slower_run_as_they_are() -> None:
+    model, ids = accelerated("xmod").eval(), tiny_batch()  # without dropout
+    expected, _ = step(model, ids)
+    before = graphs()
+    (name,) = compile_layers(model, "aot_eager")
+    assert step(model, ids)[0] == expected
+    assert graphs() == before
+    assert uncompiled(model) == {name: hf_models.NOT_COMPILED[name]}
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("compiling"), TimeoutError("too long"), KeyboardInterrupt()])
 def test_other_errors_come_through(error) -> None:
     def refuse(graph, example_inputs):

@@ -17,8 +17,8 @@ from slipstream.bench.presets import PRESETS, build_config
 MAX_PARAMETERS = 5_600_000_000
 # Without kernels of other packages Transformers loops over tokens in Python here, or keeps much for each.
 _FEWER_TOKENS = {
-    "blenderbot": 2048, "falcon_mamba": 1024, "jamba": 1024, "kimi_linear": 2048, "mamba": 1024, "prophetnet": 512,
-    "recurrent_gemma": 1024, "rwkv": 512, "seed_oss": 2048, "zamba": 256,
+    "big_bird": 1024, "blenderbot": 2048, "falcon_mamba": 1024, "jamba": 1024, "kimi_linear": 2048, "mamba": 1024,
+    "prophetnet": 512, "recurrent_gemma": 1024, "rwkv": 512, "seed_oss": 2048, "zamba": 256,
 }  # fmt: skip
 DEPTHS = (4, 3, 2)
 EXPERTS = (128, 64, 32, 16, 8, 4)
