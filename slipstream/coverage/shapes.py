@@ -76,8 +76,8 @@ _SIZES: dict[str, dict[str, Any]] = {
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "linear_attention"],
         "hybrid_layer_ids": [1],
+        "n_mamba_heads": 80,  # of 64 channels; the default is 8 of 640
     },
-    "zamba2": {"n_mamba_heads": 80},  # of 64 channels; the default is 8 of 640
 }  # fmt: skip
 _NO_MORE = "it has no more experts to leave out"
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
