@@ -51,6 +51,7 @@ def test_model_keywords_of_the_other_library() -> None:
         NeMoAutoModelForCausalLM.from_config(tiny_config("qwen3_moe"), peft_config={})
 
 
+@pytest.mark.slow
 def test_example_on_two_ranks(tmp_path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

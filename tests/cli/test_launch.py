@@ -89,7 +89,7 @@ def test_slurm_file_of_the_example(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in script
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_slurm_file_starts_two_ranks(
     tmp_path: Path, cluster: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

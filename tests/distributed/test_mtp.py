@@ -76,8 +76,12 @@ def steps(folder: Path, output: Path, setups: list[dict[str, Any]]) -> list[tupl
 
 LAYOUTS = [
     *((name, 1, 2, [{}, {"ep_size": 2}]) for name in TYPES),
-    ("deepseek_v3", 2, 4, [{"ep_size": 2, "activation_checkpointing": "full"}, {"ep_size": 2, "dp_replicate": 2}]),
-]
+    pytest.param(
+        "deepseek_v3", 2, 4,
+        [{"ep_size": 2, "activation_checkpointing": "full"}, {"ep_size": 2, "dp_replicate": 2}],
+        marks=pytest.mark.slow,
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model_type", "modules", "ranks", "setups"), LAYOUTS)

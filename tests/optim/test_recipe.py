@@ -29,7 +29,8 @@ def fine_tune(folder: Path, checkpoint: Path, optim: str) -> dict[str, torch.Ten
 
 
 @pytest.mark.parametrize(
-    ("optim", "rounding"), [("slipstream_adamw", "stochastic"), ("slipstream_adamw_master", "master")]
+    ("optim", "rounding"),
+    [("slipstream_adamw", "stochastic"), pytest.param("slipstream_adamw_master", "master", marks=pytest.mark.slow)],
 )
 def test_a_stopped_run_continues_bit_for_bit(
     optim: str, rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -127,7 +127,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 OPTIMIZERS = ["slipstream_adamw", "adamw_torch_fused"]
 
 
-@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("optim", [OPTIMIZERS[0], pytest.param(OPTIMIZERS[1], marks=pytest.mark.slow)])
 def test_stops_before_the_update_and_goes_on_without_it(
     optim: str, tmp_path: Path, checkpoint: Path, spoil: Spoil
 ) -> None:
