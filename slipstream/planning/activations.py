@@ -136,8 +136,12 @@ def model_shape(config: PretrainedConfig, seq_len: int) -> Shape:
     tied, total = head is embedding, sum(parameter.numel() for parameter in model.parameters())
     watched: dict[Any, _Watched] = {}
     kinds = [_watch(layer, watched) for layer in layers]
+    run = {entry.layer for entry in watched.values()}
+    idle = {module for layer in layers if layer not in run for module in layer.modules()}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")  # unties what was tied
+        for module in model.modules():  # unties what was tied
+            if module not in idle:
+                module.to_empty(device="cpu", recurse=False)
         trace = _Trace(model.parameters(), watched.values())
         ids = torch.zeros(1, seq_len, dtype=torch.long)
         saving = torch.autograd.graph.saved_tensors_hooks(trace.save, lambda saved: saved)
