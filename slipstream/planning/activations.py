@@ -23,10 +23,12 @@ from slipstream import hf, hf_recurrent
 from slipstream.moe.activation import activation_name
 from slipstream.parallel.embedding import most_ranks
 from slipstream.planning.flops import meta_model, top_k
+from slipstream.recurrent.install import without_loops
 from slipstream.recurrent.selective_scan import channels_first
 
 # What a compiled layer neither fuses nor computes again.
-_HEAVY = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "experts", "planned_attention", "planned_scan")
+_HEAVY = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution", "experts", "planned_attention", "planned_scan",
+          "selective_scan", "linear_recurrence")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def model_shape(config: PretrainedConfig, seq_len: int) -> Shape:
     if routed:
         model.set_experts_implementation("slipstream")
     model.set_attn_implementation(_ATTENTION)
+    without_loops(model)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tied, total = head is embedding, sum(parameter.numel() for parameter in model.parameters())
     watched: dict[Any, _Watched] = {}

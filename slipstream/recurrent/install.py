@@ -81,6 +81,16 @@ def install(model: Any) -> tuple[str, str] | None:
     return "triton" if ours and has_kernels else "torch", _APART
 
 
+def without_loops(model: Any) -> None:
+    """Let the layers of `model`, of fake tensors, that Transformers loops over tokens for run as on a GPU, in place."""
+    for kind, name, own in (
+        (hf_recurrent.RG_LRU, "_rnn_scan", _scan_at_once),
+        (hf_recurrent.RWKV, "forward", _average_at_once),
+    ):
+        for module in hf_recurrent.modules_named(model, kind):
+            setattr(module, name, MethodType(own, module))
+
+
 @torch.compiler.disable
 def _outside(original: Any, *args: Any, **kwargs: Any) -> Any:
     """A compiled layer stops here and goes on behind it."""
@@ -110,11 +120,15 @@ _attend.__name__ = "forward"
 def _average(self: Any, hidden: Any, state: Any = None, use_cache: bool = False) -> Any:
     if state is not None or use_cache or not _runs_kernels(hidden):
         return forward(self, hidden, state, use_cache)
-    receptance, key, value, _ = self.extract_key_value(hidden)
-    return self.output(receptance * wkv(self.time_decay, self.time_first, key, value)), None
+    return _average_at_once(self, hidden)
 
 
 _average.__name__ = "forward"
+
+
+def _average_at_once(self: Any, hidden: Any, state: Any = None, use_cache: bool = False) -> Any:
+    receptance, key, value, _ = self.extract_key_value(hidden)
+    return self.output(receptance * wkv(self.time_decay, self.time_first, key, value)), None
 
 
 def _rnn_scan(
@@ -122,6 +136,12 @@ def _rnn_scan(
 ) -> Any:
     if recurrent_states is not None or not _runs_kernels(hidden_states):
         return _their_scan(self, hidden_states, recurrent_gate, reset, recurrent_states, **kwargs)
+    return _scan_at_once(self, hidden_states, recurrent_gate, reset)
+
+
+def _scan_at_once(
+    self: nn.Module, hidden_states: Any, recurrent_gate: Any, reset: Any, recurrent_states: Any = None
+) -> Any:
     return linear_recurrence(recurrent_gate * ~reset, hidden_states), None  # there is no cache that wants a state
 
 

@@ -7,6 +7,7 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipstream.acceleration import accelerate
 from slipstream.compilation import compile_layers
@@ -107,3 +108,26 @@ def test_needs_marked_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slipstream.planning.activations.GradientCheckpointingLayer", type("None_", (nn.Module,), {}))
     with pytest.raises(ValueError, match="no decoder layers"):
         model_shape(tiny_config("llama"), LENGTH)
+
+
+@pytest.mark.parametrize("model_type", ["recurrent_gemma", "rwkv", "jamba"])
+def test_no_loop_over_tokens_is_planned(model_type: str) -> None:
+    """As many operations for a row of another length, and as much kept for each token."""
+
+    class Count(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.operations += 1
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    for length in (64, 128):
+        with Count() as count:
+            shape = model_shape(tiny_config(model_type), length)
+        found.append((count.operations, shape))
+    (few, short), (many, long) = found
+    assert few == many > 0
+    assert sum(layer.kept for layer in long.layers) == pytest.approx(
+        sum(layer.kept for layer in short.layers), rel=0.05
+    )
