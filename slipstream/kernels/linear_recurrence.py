@@ -54,7 +54,7 @@ def recur_reference(a_BSD: Tensor, x_BSD: Tensor, dtype: torch.dtype, *, reverse
         before_BD = a_BSD[:, t + reverse] * states[-1] if states else 0
         states.append(before_BD + x_BSD[:, t])
     if not states:
-        return x_BSD.to(dtype)
+        return torch.zeros_like(x_BSD, dtype=dtype)
     return torch.stack(states[::-1] if reverse else states, 1).to(dtype)
 
 
