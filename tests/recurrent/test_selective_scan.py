@@ -1,20 +1,14 @@
-"""Mamba1's selective scan: its plain-PyTorch form against a loop over tokens and Transformers' own, and in models."""
+"""Mamba1's selective scan: its plain-PyTorch form against a loop over tokens and Transformers' own."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.models.jamba.modeling_jamba import mamba_selective_scan
 
-import slipstream
-from slipstream.compilation import compile_layers
-from slipstream.recurrent import install
 from slipstream.recurrent.selective_scan import selective_scan, selective_scan_reference
-from tests.tiny_models import tiny_batch, tiny_model
 
 
 def _inputs(length: int) -> list[torch.Tensor]:
@@ -96,79 +90,3 @@ def test_inside_a_compiled_layer() -> None:
 
     compiled = torch.compile(layer, backend="aot_eager", dynamic=True, fullgraph=True)
     _close(_with_grads(compiled(*inputs), inputs), _with_grads(layer(*inputs), inputs), 1e-5)
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operator runs in its plain form."""
-    monkeypatch.setattr(install, "_runs_kernels", lambda x: True)
-
-
-def _step(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    out = model(input_ids=ids, labels=ids, use_cache=False)
-    out.loss.backward()
-    return {"loss": out.loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize(
-    "model_type",
-    ["jamba", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mamba", "falcon_mamba", "zamba"))],
-)
-def test_models_compute_the_same(model_type: str) -> None:
-    plain = tiny_model(model_type)
-    model = slipstream.accelerate(copy.deepcopy(plain))
-    ids = tiny_batch(2, 19)
-    _same(_step(model, ids), _step(plain, ids))
-    assert _calls(model, ids)
-    assert not _calls(plain, ids)  # in the same process
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
-def test_layers_compile_to_one_graph_each() -> None:
-    torch.compiler.reset()
-    sizes = {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1}
-    model = slipstream.accelerate(tiny_model("jamba", **sizes))
-    ids = tiny_batch(2, 19)
-    expected = _step(model, ids)
-    compile_layers(model, backend="aot_eager")
-    counters.clear()
-    found = _step(model, ids)
-    assert counters["stats"]["unique_graphs"]
-    assert not counters["graph_break"]
-    _same(found, expected)
-    torch.compiler.reset()
-
-
-def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max() <= 1e-4 * tensor.abs().max().clamp(min=1e-3), name
-
-
-def _calls(model: Any, ids: torch.Tensor) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model(input_ids=ids, use_cache=False)
-    return sum(event.count for event in profile.key_averages() if event.key == "slipstream::selective_scan")
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
-def test_generation_keeps_transformers_states() -> None:
-    plain = tiny_model("jamba").eval()
-    model = slipstream.accelerate(copy.deepcopy(plain))
-    ids = tiny_batch(1, 12)
-    written = [m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (plain, model)]
-    assert torch.equal(*written)
-
-
-def test_what_describe_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    def found() -> Any:
-        choices = slipstream.describe(slipstream.accelerate(tiny_model("jamba"), backend={"compile": "none"})).choices
-        return [(c.chosen, c.why) for c in choices if c.operation == "recurrent"]
-
-    assert not found()  # Transformers' loop
-    monkeypatch.setattr(install, "HAS_TRITON", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    ((chosen, why),) = found()
-    assert chosen == "triton"
-    assert "never packed" in why
