@@ -16,7 +16,6 @@ from slipstream.bench.options import OURS, Job
 
 # What marks our lines among whatever else a process prints.
 RESULT, FAILURE = "SLIPSTREAM-BENCH-RESULT ", "SLIPSTREAM-BENCH-FAILURE "
-NOT_CAPTURED = "no CUDA graph was captured: "  # a note begins so
 _PACKAGES = (
     "torch",
     "triton",
@@ -46,7 +45,8 @@ def execute(job: Job) -> dict[str, Any]:
         from slipstream.compilation import uncompiled  # rivals' environments may have an older Transformers
 
         if contender.graphed is not None and not contender.graphed.captured:
-            contender.notes[-1] = f"{NOT_CAPTURED}{contender.graphed.reason}"
+            result["no_graph"] = contender.graphed.reason
+            contender.notes[-1] = f"no CUDA graph was captured: {contender.graphed.reason}"
         contender.notes += [f"{name} runs uncompiled: {why}" for name, why in uncompiled(contender.model).items()]
     result |= {
         "contender": job.contender,

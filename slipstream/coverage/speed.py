@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from slipstream.bench.options import OURS, Job, Options
-from slipstream.bench.worker import NOT_CAPTURED, execute, versions
+from slipstream.bench.worker import execute, versions
 from slipstream.coverage.checks import Row, time_limit
 from slipstream.coverage.compare import Attempt
 from slipstream.coverage.shapes import in_words, timed_config
@@ -145,9 +145,8 @@ def measure(options: Timed, seconds: float) -> dict[str, Any]:
     }
     if options.device == "cuda" and found["step"] < AIM and found.get("limit", AIM) >= AIM:
         graphed, error = _run(OURS, replace(options, cuda_graphs=True, warmup=options.warmup + 2), seconds)
-        why_none = [note.removeprefix(NOT_CAPTURED) for note in graphed.get("notes", ()) if NOT_CAPTURED in note]
-        if why_none:
-            found["no_graph"] = why_none[0]
+        if reason := graphed.get("no_graph"):
+            found["no_graph"] = reason
         elif not error and graphed["back_to_back_ms"] < ours["back_to_back_ms"] / _CLEARLY:
             found["graphed"] = theirs["back_to_back_ms"] / graphed["back_to_back_ms"]
     return found
