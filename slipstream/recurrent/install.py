@@ -132,10 +132,11 @@ def _average_at_once(self: Any, hidden: Any, state: Any = None, use_cache: bool 
 
 
 def _rnn_scan(
-    self: nn.Module, hidden_states: Any, recurrent_gate: Any, reset: Any, recurrent_states: Any, **kwargs: Any
+    self: Any, hidden_states: Any, recurrent_gate: Any, reset: Any, recurrent_states: Any, **kwargs: Any
 ) -> Any:
     if recurrent_states is not None or not _runs_kernels(hidden_states):
-        return _their_scan(self, hidden_states, recurrent_gate, reset, recurrent_states, **kwargs)
+        theirs = type(self)._rnn_scan
+        return _outside(theirs, self, hidden_states, recurrent_gate, reset, recurrent_states, **kwargs)
     return _scan_at_once(self, hidden_states, recurrent_gate, reset)
 
 
@@ -143,11 +144,6 @@ def _scan_at_once(
     self: nn.Module, hidden_states: Any, recurrent_gate: Any, reset: Any, recurrent_states: Any = None
 ) -> Any:
     return linear_recurrence(recurrent_gate * ~reset, hidden_states), None  # there is no cache that wants a state
-
-
-@torch.compiler.disable
-def _their_scan(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return type(self)._rnn_scan(self, *args, **kwargs)
 
 
 def _tell(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
